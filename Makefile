@@ -1,0 +1,64 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each does its own set-up.
+PYTHON ?= python3
+# Another torch build: make setup TORCH="torch==2.11.0 --index-url URL"
+TORCH ?= "torch>=2.11,<2.14"
+
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := kernels server trainer benchmarks tests
+PROTOS := $(shell find protos -name '*.proto' | LC_ALL=C sort)
+
+.PHONY: demo test lint types protos protos-check bench gpu setup clean
+
+demo: $(VENV)/.trainer
+	$(BIN)/chorus demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+
+types: setup
+	$(BIN)/mypy
+
+# The generators are plugins of protoc, found on PATH.
+protos: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" python -m grpc_tools.protoc -Iprotos --python_out=protos --grpc_python_out=protos \
+		--mypy_out=quiet:protos --mypy_grpc_out=quiet:protos $(PROTOS)
+
+# The committed stubs are what the protos generate.
+protos-check: protos
+	@test -z "$$(git status --porcelain -- protos)" || { git status --short -- protos; echo "stubs are stale: run make protos and commit"; exit 1; }
+
+bench: setup
+	$(BIN)/python benchmarks/engine.py --json
+
+# Installs nothing: runs with PYTHON as it finds it, on a machine with a CUDA device.
+gpu: export PYTHONPATH := protos:kernels:server:trainer
+gpu:
+	@$(PYTHON) benchmarks/require.py torch transformers peft safetensors pydantic pydantic_settings pytest hypothesis psutil
+	$(PYTHON) -m pytest -m gpu -p no:asyncio -o asyncio_mode= -o asyncio_default_fixture_loop_scope= -W ignore::pytest.PytestConfigWarning
+	$(PYTHON) benchmarks/engine.py --device cuda --json
+
+setup: $(VENV)/.dev
+
+$(VENV)/.dev: pyproject.toml $(VENV)/bin/python
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@ $(VENV)/.trainer
+
+$(VENV)/.trainer: pyproject.toml $(VENV)/bin/python
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet --editable '.[trainer]'
+	touch $@
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
