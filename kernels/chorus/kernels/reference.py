@@ -1,0 +1,74 @@
+"""The specification of every operator, in plain torch: short, slow, loops where the definition has a "for each".
+
+What runs in production may be faster but must equal this. Works in any dtype, float64 included; computes in the dtype
+of its inputs, so a float64 call is the exact answer up to rounding.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from chorus.kernels.types import AttentionRow, LowRankSegment, RankPool
+
+
+def low_rank(y: Tensor, x: Tensor, pool: RankPool, segments: Sequence[LowRankSegment]) -> Tensor:
+    """y[t] += (mid_scale * (x[t] A^T)) B for each row t of each segment, A and B being that segment's rows of the pool.
+
+    x [T, K], y [T, N] (changed in place and returned); pool.a [R, K], pool.b [R, N], pool.mid_scale [R].
+    Rows of no segment are left as they are.
+    """
+    for segment in segments:
+        index = torch.as_tensor(segment.pool_rows, device=x.device)
+        a, b, scale = pool.a[index], pool.b[index], pool.mid_scale[index]  # [r, K], [r, N], [r]
+        part = slice(segment.start, segment.end)
+        y[part] += ((x[part] @ a.T) * scale.to(x.dtype)) @ b
+    return y
+
+
+def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Writes row t's key and value, [T, H_kv, D] each, to cache position slots[t] (block * block_size + offset).
+
+    k_cache, v_cache [blocks, block_size, H_kv, D]. What is not finite is stored as 0: a masked position still enters
+    the sums as 0 * value, so a NaN left in a page would reach the page's next owner.
+    """
+    for t, slot in enumerate(slots.tolist()):
+        block, offset = divmod(slot, k_cache.shape[1])
+        k_cache[block, offset] = torch.where(key[t].isfinite(), key[t], 0)
+        v_cache[block, offset] = torch.where(value[t].isfinite(), value[t], 0)
+
+
+def paged_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Sequence[AttentionRow],
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Tensor:
+    """Causal attention of each sequence's new tokens over its whole paged context, these tokens included.
+
+    query [T, H, D]; k_cache, v_cache [blocks, block_size, H_kv, D]; H is a multiple of H_kv, query heads of one key
+    head are neighbours. The last (row.end - row.start) of row.context positions are the queries. `window` limits each
+    query to the last `window` positions, itself included; `soft_cap` is c tanh(s / c) on the scores. Returns [T, H, D].
+    """
+    out = torch.zeros_like(query)
+    heads, kv_heads = query.shape[1], k_cache.shape[2]
+    for row in rows:
+        blocks = torch.as_tensor(row.blocks, device=query.device)
+        key = k_cache[blocks].flatten(0, 1)[: row.context].repeat_interleave(heads // kv_heads, dim=1)  # [L, H, D]
+        value = v_cache[blocks].flatten(0, 1)[: row.context].repeat_interleave(heads // kv_heads, dim=1)
+        scores = torch.einsum("qhd,lhd->hql", query[row.start : row.end], key) * scale
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        last = torch.arange(row.context - (row.end - row.start), row.context, device=query.device)[:, None]
+        position = torch.arange(row.context, device=query.device)[None, :]
+        hidden = position > last
+        if window is not None:
+            hidden |= position <= last - window
+        scores = scores.masked_fill(hidden, float("-inf"))
+        weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        out[row.start : row.end] = torch.einsum("hql,lhd->qhd", weights.to(value.dtype), value)
+    return out

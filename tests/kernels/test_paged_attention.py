@@ -1,0 +1,108 @@
+"""paged_attention: against torch's own attention on dense float64 keys and values, sequence by sequence."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chorus.kernels import AttentionPlan, AttentionRow, paged_attention, reference, store_kv
+
+CPU = torch.device("cpu")
+BLOCK = 4
+
+
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None, cap: float | None
+) -> torch.Tensor:
+    """q [n, H, D] are the last n of k, v [L, H_kv, D]; in float64."""
+    n, heads, _ = q.shape
+    length = k.shape[0]
+    k, v = (t.double().repeat_interleave(heads // t.shape[1], dim=1).transpose(0, 1) for t in (k, v))
+    position = torch.arange(length)
+    last = torch.arange(length - n, length)[:, None]
+    visible = position <= last
+    if window is not None:
+        visible &= position > last - window
+    q = q.double().transpose(0, 1)
+    if cap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale).transpose(0, 1)
+    scores = torch.tanh(q @ k.transpose(1, 2) * scale / cap) * cap
+    return (scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v).transpose(0, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 21)), min_size=1, max_size=6),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
+    window=st.sampled_from([None, 1, 5]),
+    cap=st.sampled_from([None, 2.0]),
+    spec=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_packed_paged_attention_equals_dense_attention_per_sequence(
+    lengths: list[tuple[int, int]], heads: tuple[int, int], window: int | None, cap: float | None, spec: bool, seed: int
+) -> None:
+    """Decodes (1 new token) and chunks over a prefix of any length, in one pack, pages scattered and reused unclean."""
+    generator = torch.Generator().manual_seed(seed)
+    h, h_kv, d = *heads, 8
+    blocks_needed = sum(-(-(new + old) // BLOCK) for new, old in lengths)
+    k_cache = torch.randn(blocks_needed + 1, BLOCK, h_kv, d, generator=generator)
+    v_cache = torch.randn(blocks_needed + 1, BLOCK, h_kv, d, generator=generator)
+    free = torch.randperm(blocks_needed + 1, generator=generator).tolist()
+    rows, olds, keys, values = [], [], [], []
+    start = 0
+    for new, old in lengths:
+        table = [free.pop() for _ in range(-(-(new + old) // BLOCK))]
+        rows.append(AttentionRow(start, start + new, new + old, table))
+        keys.append(torch.randn(new + old, h_kv, d, generator=generator))
+        values.append(torch.randn(new + old, h_kv, d, generator=generator))
+        olds.append(AttentionRow(0, old, old, table))
+        start += new
+    for row, k, v in zip(olds, keys, values, strict=True):
+        if row.context:
+            store_kv(k[: row.end], v[: row.end], k_cache, v_cache, AttentionPlan([row], BLOCK, CPU).slots)
+    query = torch.randn(start, h, d, generator=generator)
+    plan = AttentionPlan(rows, BLOCK, CPU)
+    new_k = torch.cat([k[row.end :] for row, k in zip(olds, keys, strict=True)])
+    new_v = torch.cat([v[row.end :] for row, v in zip(olds, values, strict=True)])
+    store_kv(new_k, new_v, k_cache, v_cache, plan.slots)
+    got = (
+        reference.paged_attention(query, k_cache, v_cache, rows, scale=0.3, window=window, soft_cap=cap)
+        if spec
+        else paged_attention(query, k_cache, v_cache, plan, scale=0.3, window=window, soft_cap=cap)
+    )
+    for row, k, v in zip(rows, keys, values, strict=True):
+        expected = dense(query[row.start : row.end], k, v, 0.3, window, cap)
+        torch.testing.assert_close(got[row.start : row.end].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_store_kv_equals_its_specification_and_stores_no_nan() -> None:
+    key, value = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    key[1, 0, 0], value[2, 1, 3] = float("nan"), float("inf")
+    slots = torch.tensor([9, 0, 6])
+    caches = [(torch.zeros(3, BLOCK, 2, 4), torch.zeros(3, BLOCK, 2, 4)) for _ in range(2)]
+    store_kv(key, value, *caches[0], slots)
+    reference.store_kv(key, value, *caches[1], slots)
+    for fast, spec in zip(*caches, strict=True):
+        assert fast.isfinite().all()
+        assert torch.equal(fast, spec)
+    assert torch.equal(caches[0][0][2, 1], key[0])
+
+
+def test_a_query_with_nan_reaches_no_other_sequence() -> None:
+    k_cache, v_cache = torch.randn(4, BLOCK, 1, 8), torch.randn(4, BLOCK, 1, 8)
+    plan = AttentionPlan([AttentionRow(0, 1, 3, [1]), AttentionRow(1, 2, 2, [2])], BLOCK, CPU)
+    query = torch.randn(2, 2, 8)
+    clean = paged_attention(query, k_cache, v_cache, plan, scale=1.0)
+    query[0] = float("nan")
+    assert torch.equal(paged_attention(query, k_cache, v_cache, plan, scale=1.0)[1], clean[1])
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    cache = torch.zeros(2, BLOCK, 2, 4)
+    plan = AttentionPlan([AttentionRow(0, 1, 1, [0])], BLOCK, CPU)
+    with pytest.raises(ValueError, match="query"):
+        paged_attention(torch.zeros(1, 3, 4), cache, cache, plan, scale=1.0)
+    with pytest.raises(ValueError, match="rows"):
+        AttentionPlan([AttentionRow(1, 2, 1, [0])], BLOCK, CPU)
