@@ -1,0 +1,217 @@
+"""Loads the base model through transformers and prepares it: our attention function, linears that add deltas."""
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.pytorch_utils import Conv1D
+
+from chorus.errors import FailedPrecondition, InvalidArgument, NotFound
+from chorus.models import attention, embedded
+from chorus.models.digest import base_digest
+from chorus.models.facts import BaseFacts
+from chorus.models.families import Family, family_of
+from chorus.models.linear import Adapted, wrap
+from chorus.models.sites import Site
+
+logger = logging.getLogger(__name__)
+
+DUMMY_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A loaded base model: transformers' module in eval mode, its adapted linears by site name, what is known of it."""
+
+    module: PreTrainedModel
+    linears: dict[str, Adapted]
+    tokenizer: PreTrainedTokenizerFast | None
+    facts: BaseFacts
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        return {site.name: site for site in self.facts.sites}
+
+    def weight(self, site: str) -> torch.Tensor | None:
+        """The base's own weight at a site, as the module holds it; None where there is no such site."""
+        linear = self.linears.get(site)
+        return None if linear is None else linear.weight.detach()
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.module.dtype
+
+
+def load_base(source: str | None, *, device: str, dtype: str, load_format: str = "auto") -> Base:
+    """Loads a base model from a local folder or a hub id; the embedded one where `source` is None.
+
+    Weights come as safetensors only; code from the model's repository never runs.
+
+    Raises:
+        NotFound: no such folder or hub id.
+        InvalidArgument: the folder does not hold a model that transformers can read.
+        FailedPrecondition: a model that is not served, or a device that is not there; names it.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise FailedPrecondition("device: cuda was asked for, torch sees none", reason="NO_DEVICE")
+    folder = _folder(source)
+    with ThreadPoolExecutor(1) as beside:  # the weights are hashed while they are read
+        digest = beside.submit(base_digest, folder, weights=load_format != "dummy")
+        config = _config(folder)
+        family = family_of(config)
+        module = _module(folder, config, device, getattr(torch, dtype), load_format)
+        name = source or "embedded"
+        tokenizer = _tokenizer(folder)
+        linears = _adapt(module, family)
+        facts = BaseFacts(
+            name=name,
+            digest=digest.result(),
+            model_type=config.model_type,
+            context_length=int(config.max_position_embeddings),
+            vocab_size=int(config.vocab_size),
+            dtype=dtype,
+            parameter_count=sum(p.numel() for p in module.parameters()),
+            sites=tuple(linear.site for linear in linears.values()),
+            eos_token_ids=_eos(module, config, tokenizer),
+        )
+    heads = int(config.num_attention_heads)
+    return Base(
+        module=module,
+        linears=linears,
+        tokenizer=tokenizer,
+        facts=facts,
+        layers=int(config.num_hidden_layers),
+        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+    )
+
+
+def _folder(source: str | None) -> Path:
+    if source is None:
+        return embedded.path()
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or source.startswith((".", "~")):
+        raise NotFound(f"model: no folder {source}", reason="MODEL_NOT_FOUND")
+    return _from_hub(source)
+
+
+def _from_hub(repo_id: str) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo_id, allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+            )
+        )
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        raise NotFound(
+            f"model: {repo_id!r} is no local folder, and the hub did not give it: {type(error).__name__}",
+            reason="MODEL_NOT_FOUND",
+        ) from error
+
+
+def _config(folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        raise InvalidArgument(f"model: {folder} holds no config.json", reason="BAD_MODEL")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as error:
+        raise InvalidArgument(f"model: config.json of {folder} can not be read: {error}", reason="BAD_MODEL") from error
+
+
+def _module(folder: Path, config: Any, device: str, dtype: torch.dtype, load_format: str) -> PreTrainedModel:
+    if load_format == "dummy":
+        torch.manual_seed(DUMMY_SEED)
+        with torch.device(device):
+            dummy: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
+        ready: PreTrainedModel = dummy.eval()
+        return ready
+    if not any(folder.glob("*.safetensors")):
+        raise InvalidArgument(
+            f"model: {folder} holds no *.safetensors; other weight formats are not read "
+            "(--load-format dummy makes random weights)",
+            reason="BAD_MODEL",
+        )
+    try:
+        module: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        raise InvalidArgument(f"model: {folder} can not be read: {error}", reason="BAD_MODEL") from error
+    loaded: PreTrainedModel = module.to(device).eval()
+    return loaded
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise FailedPrecondition(
+            f"model: the tokenizer of {folder} has no fast (tokenizers) form", reason="UNSUPPORTED_TOKENIZER"
+        )
+    return tokenizer
+
+
+def _adapt(module: PreTrainedModel, family: Family) -> dict[str, Adapted]:
+    """Wraps every linear in place; returns them by name, in the order of the modules."""
+    lm_head = module.get_output_embeddings()
+    found = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    adapted = {name: wrap(linear, _site(name, linear, family, linear is lm_head)) for name, linear in found}
+    for name, linear in adapted.items():
+        module.set_submodule(name, linear)
+    return adapted
+
+
+def _site(name: str, linear: nn.Module, family: Family, is_lm_head: bool) -> Site:
+    transposed = isinstance(linear, Conv1D)
+    rows, columns = linear.weight.shape  # type: ignore[misc]
+    leaf = name.rsplit(".", 1)[-1]
+    return Site(
+        name=name,
+        in_features=rows if transposed else columns,
+        out_features=columns if transposed else rows,
+        has_bias=linear.bias is not None,
+        transposed=transposed,
+        is_lm_head=is_lm_head,
+        shard="column" if leaf in family.column else "row" if leaf in family.row else "none",
+    )
+
+
+def _eos(module: PreTrainedModel, config: Any, tokenizer: PreTrainedTokenizerFast | None) -> frozenset[int]:
+    """End-of-sequence ids: the generation config's, else the config's, else the tokenizer's."""
+    generation: GenerationConfig | None = getattr(module, "generation_config", None)
+    for owner in (generation, config, tokenizer):
+        eos = getattr(owner, "eos_token_id", None)
+        if eos is not None:
+            ids = [eos] if isinstance(eos, int) else eos
+            return frozenset(i for i in ids if 0 <= i < config.vocab_size)
+    return frozenset()
