@@ -1,0 +1,137 @@
+"""The device memory of adapters: for each site a pool of rank rows, shared by all adapters resident there.
+
+    slot 3 ─┬─ q_proj   rows 0..15    ┐
+            ├─ v_proj   rows 0..15    │ page table per adapter and site: an adapter owns as many rows as its rank there,
+            └─ (others) none          ┘ and none where it changes nothing
+    slot 4 ─── q_proj   rows 16..79
+
+Only the step thread may touch a pool.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from chorus.adapters.kinds import LoweredAdapter
+from chorus.adapters.rank_pages import PAGE_ROWS, RankPages, pages_of
+from chorus.kernels import LowRankPlan, LowRankSegment, RankPool
+from chorus.models.sites import Site
+
+# Plans of the last batches: a decode batch keeps its layout for many steps, prefill layouts hardly ever come back.
+_PLANS_KEPT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSegment:
+    """Rows [start, end) of a batch belong to the adapter in `slot`."""
+
+    start: int
+    end: int
+    slot: int
+
+
+class AdapterPool:
+    """Rank-row pools of all sites, each `rows` rows, allocated once."""
+
+    def __init__(self, sites: Mapping[str, Site], *, rows: int, device: torch.device, dtype: torch.dtype) -> None:
+        self._pages = {name: RankPages(rows) for name in sites}
+        self.dtype = dtype
+        self._device = device
+        self._slots: dict[int, dict[str, tuple[int, ...]]] = {}
+        self._next_slot = 0
+        self._plans: OrderedDict[tuple[SlotSegment, ...], dict[str, LowRankPlan]] = OrderedDict()
+        self.row_bytes = {name: row_bytes(site, dtype) for name, site in sites.items()}
+        self.pools = {
+            name: RankPool(
+                a=torch.zeros(rows, site.in_features, dtype=dtype, device=device),
+                b=torch.zeros(rows, site.out_features, dtype=dtype, device=device),
+                mid_scale=torch.zeros(rows, dtype=torch.float32, device=device),
+            )
+            for name, site in sites.items()
+        }
+
+    @property
+    def rows_total(self) -> int:
+        return sum(pages.rows_total for pages in self._pages.values())
+
+    @property
+    def rows_used(self) -> int:
+        return sum(pages.rows_used for pages in self._pages.values())
+
+    @property
+    def bytes_total(self) -> int:
+        return sum(pages.rows_total * self.row_bytes[name] for name, pages in self._pages.items())
+
+    @property
+    def bytes_used(self) -> int:
+        return sum(pages.rows_used * self.row_bytes[name] for name, pages in self._pages.items())
+
+    def rows_of(self, adapter: LoweredAdapter) -> int:
+        """Rank rows that the adapter takes here, whole pages, all sites added up."""
+        return sum(pages_of(factors.a.shape[0]) * PAGE_ROWS for factors in adapter.low_rank.values())
+
+    def too_large(self, adapter: LoweredAdapter) -> str | None:
+        """Names a site where the adapter would not fit into an empty pool; None where it fits everywhere."""
+        for name, factors in adapter.low_rank.items():
+            if pages_of(factors.a.shape[0]) * PAGE_ROWS > self._pages[name].rows_total:
+                return name
+        return None
+
+    def load(self, adapter: LoweredAdapter) -> int | None:
+        """Copies an adapter in; its slot, or None when there is no room at some site."""
+        if not all(self._pages[name].fits(f.a.shape[0]) for name, f in adapter.low_rank.items()):
+            return None
+        slot, self._next_slot = self._next_slot, self._next_slot + 1
+        table: dict[str, tuple[int, ...]] = {}
+        for name, factors in adapter.low_rank.items():
+            rows = self._pages[name].allocate(factors.a.shape[0])
+            assert rows is not None
+            index = torch.tensor(rows, device=self._device)
+            pool = self.pools[name]
+            pool.a[index] = factors.a.to(self._device, self.dtype)
+            pool.b[index] = factors.b.to(self._device, self.dtype)
+            pool.mid_scale[index] = factors.scale
+            table[name] = rows
+        self._slots[slot] = table
+        return slot
+
+    def evict(self, slot: int) -> None:
+        """Gives a slot's rows back. Slot numbers are never used twice, so a stale one can not meet new weights."""
+        for name, rows in self._slots.pop(slot).items():
+            self._pages[name].free(rows)
+        for key in [key for key in self._plans if any(segment.slot == slot for segment in key)]:
+            del self._plans[key]
+
+    def plans(self, segments: Sequence[SlotSegment]) -> dict[str, LowRankPlan]:
+        """For each site that the batch's adapters change, how to compute their deltas there."""
+        key = tuple(segments)
+        if key in self._plans:
+            self._plans.move_to_end(key)
+            return self._plans[key]
+        by_layout: dict[tuple[LowRankSegment, ...], LowRankPlan] = {}
+        plans: dict[str, LowRankPlan] = {}
+        for name in self.pools:
+            layout = tuple(
+                LowRankSegment(s.start, s.end, rows)
+                for s in segments
+                if (rows := self._slots[s.slot].get(name)) is not None
+            )
+            if layout:
+                plans[name] = by_layout.get(layout) or by_layout.setdefault(layout, LowRankPlan(layout, self._device))
+        self._plans[key] = plans
+        if len(self._plans) > _PLANS_KEPT:
+            self._plans.popitem(last=False)
+        return plans
+
+
+def row_bytes(site: Site, dtype: torch.dtype) -> int:
+    """Bytes of one rank row of a site: a row of A, a row of B, its scale."""
+    return (site.in_features + site.out_features) * dtype.itemsize + 4
+
+
+def rows_for_budget(sites: Mapping[str, Site], dtype: torch.dtype, budget_bytes: int) -> int:
+    """Rank rows that every site gets so that all pools together stay within the budget; whole pages, at least one."""
+    per_row = sum(row_bytes(site, dtype) for site in sites.values())
+    return max(budget_bytes // per_row // PAGE_ROWS, 1) * PAGE_ROWS

@@ -1,0 +1,229 @@
+"""Which adapter versions are in memory, on their way in, or on their way out.
+
+    request ──> loading ──(loader thread: read, validate, lower)──> host ──(step thread: copy)──> device ──> evicted
+                   └── failed: whoever waits is told                 └── waits here while the device has no room
+
+The step thread calls everything here; loader threads run `load` and nothing else. References are running requests; pins
+are the operator's. What has neither may be evicted, the least recently used first.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from chorus.adapters.kinds import LoweredAdapter
+from chorus.adapters.pool import AdapterPool
+from chorus.errors import ChorusError, FailedPrecondition, InternalError
+
+
+class Tier(Enum):
+    LOADING = "loading"
+    HOST = "host"
+    DEVICE = "device"
+
+
+class LoadOutcome(NamedTuple):
+    """A load that ended: `error` is None when the version is on the device."""
+
+    digest: str
+    error: ChorusError | None
+    seconds_by_stage: tuple[tuple[str, float], ...]
+
+
+@dataclass(slots=True)
+class Resident:
+    """One version in memory."""
+
+    digest: str
+    path: str
+    loading: "Future[tuple[LoweredAdapter, float]] | None"
+    host: LoweredAdapter | None = None
+    slot: int | None = None
+    refs: int = 0
+    pinned: bool = False
+    unwanted: bool = False
+    hits: int = 0
+    last_used: int = 0
+    kind: str = ""
+    max_rank: int = 0
+    rank_rows: int = 0
+    bytes: int = 0
+    seconds: list[tuple[str, float]] = field(default_factory=list)
+
+    @property
+    def tier(self) -> Tier:
+        return Tier.DEVICE if self.slot is not None else Tier.HOST if self.host else Tier.LOADING
+
+
+class Residency:
+    """Loads, keeps and evicts versions in one device pool.
+
+    `load(path)` runs on a loader thread and returns the lowered adapter, or raises a ChorusError; `on_ready` is called
+    there when a load has ended and `advance` has something to do. `fresh_turns` keeps a version that just arrived from
+    being evicted before the scheduler could take it.
+    """
+
+    def __init__(
+        self,
+        pool: AdapterPool,
+        load: Callable[[str], LoweredAdapter],
+        *,
+        on_ready: Callable[[], None] = lambda: None,
+        loaders: int = 2,
+        fresh_turns: int = 2,
+    ) -> None:
+        self._pool = pool
+        self._load = load
+        self._on_ready = on_ready
+        self._executor = ThreadPoolExecutor(loaders, thread_name_prefix="chorus-loader")
+        self._residents: dict[str, Resident] = {}
+        self._turn = 0
+        self._fresh_turns = fresh_turns
+        self.evictions = 0
+        self.hits = 0
+
+    def request(self, digest: str, path: str) -> Resident:
+        """Starts a load unless the version is in memory or on its way."""
+        resident = self._residents.get(digest)
+        if resident is None:
+            future = self._executor.submit(self._timed_load, path)
+            resident = self._residents[digest] = Resident(digest, path, future)
+            future.add_done_callback(lambda _: self._on_ready())
+        resident.unwanted = False
+        return resident
+
+    def acquire(self, digest: str, path: str) -> int | None:
+        """The version's slot, with a reference taken; None while it is not on the device (a load is under way)."""
+        resident = self.request(digest, path)
+        if resident.slot is None:
+            return None
+        resident.refs += 1
+        resident.hits += 1
+        resident.last_used = self._turn
+        self.hits += 1
+        return resident.slot
+
+    def release(self, digest: str) -> None:
+        """Gives one reference back."""
+        resident = self._residents[digest]
+        if resident.refs <= 0:
+            raise RuntimeError(f"release without acquire: {digest}")
+        resident.refs -= 1
+        resident.last_used = self._turn
+        if resident.unwanted and resident.refs == 0:
+            self._drop(resident)
+
+    def pin(self, digest: str, path: str) -> None:
+        self.request(digest, path).pinned = True
+
+    def unpin(self, digest: str) -> None:
+        if digest in self._residents:
+            self._residents[digest].pinned = False
+
+    def unload(self, digest: str) -> None:
+        """Forgets a version; one that requests hold stays until the last is done."""
+        resident = self._residents.get(digest)
+        if resident is None:
+            return
+        resident.pinned, resident.unwanted = False, True
+        if resident.refs == 0:
+            self._drop(resident)
+
+    def advance(self) -> list[LoadOutcome]:
+        """Once a step: takes over what loaders finished and copies to the device what there is room for."""
+        self._turn += 1
+        outcomes = []
+        for resident in [r for r in self._residents.values() if r.slot is None]:
+            try:
+                if self._to_host(resident) and self._to_device(resident):
+                    outcomes.append(LoadOutcome(resident.digest, None, tuple(resident.seconds)))
+            except ChorusError as error:
+                del self._residents[resident.digest]
+                outcomes.append(LoadOutcome(resident.digest, error, tuple(resident.seconds)))
+        return outcomes
+
+    def on_device(self, digest: str) -> bool:
+        resident = self._residents.get(digest)
+        return resident is not None and resident.slot is not None
+
+    def wait(self, timeout: float) -> None:
+        """Sleeps until a load under way has ended, at most `timeout` seconds; for callers without `on_ready`."""
+        wait([r.loading for r in self._residents.values() if r.loading], timeout, return_when=FIRST_COMPLETED)
+
+    def residents(self) -> list[Resident]:
+        return list(self._residents.values())
+
+    def kinds_of(self, slots: set[int]) -> int:
+        """How many different adapter kinds the given slots hold."""
+        return len({r.kind for r in self._residents.values() if r.slot in slots})
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when pages and residents do not add up."""
+        on_device = [r for r in self._residents.values() if r.slot is not None]
+        assert sum(r.rank_rows for r in on_device) == self._pool.rows_used, "rank rows leaked or shared"
+        assert all(r.refs >= 0 for r in on_device), "negative references"
+
+    def _timed_load(self, path: str) -> tuple[LoweredAdapter, float]:
+        began = time.monotonic()
+        return self._load(path), time.monotonic() - began
+
+    def _to_host(self, resident: Resident) -> bool:
+        """True once the loader is done with it."""
+        if resident.loading is None:
+            return True
+        if not resident.loading.done():
+            return False
+        future, resident.loading = resident.loading, None
+        try:
+            resident.host, seconds = future.result()
+        except ChorusError:
+            raise
+        except Exception as error:
+            raise InternalError(f"adapter {resident.digest[:12]} could not be loaded") from error
+        resident.seconds.append(("host", seconds))
+        resident.kind = resident.host.kind
+        resident.max_rank = resident.host.max_rank
+        resident.rank_rows = self._pool.rows_of(resident.host)
+        resident.bytes = resident.host.bytes(self._pool.dtype.itemsize)
+        if site := self._pool.too_large(resident.host):
+            raise FailedPrecondition(
+                f"adapter {resident.digest[:12]} needs more rank rows at {site} than the whole pool has; "
+                "raise --adapter-memory-mb",
+                reason="ADAPTER_TOO_LARGE",
+            )
+        return True
+
+    def _to_device(self, resident: Resident) -> bool:
+        """True once it is on the device; evicts what nobody uses to make room."""
+        assert resident.host is not None
+        began = time.monotonic()
+        while (slot := self._pool.load(resident.host)) is None:
+            victim = self._victim()
+            if victim is None:
+                return False
+            self._drop(victim)
+            self.evictions += 1
+        resident.slot, resident.host, resident.last_used = slot, None, self._turn
+        resident.seconds.append(("device", time.monotonic() - began))
+        return True
+
+    def _victim(self) -> Resident | None:
+        candidates = [
+            r
+            for r in self._residents.values()
+            if r.slot is not None and r.refs == 0 and not r.pinned and self._turn - r.last_used >= self._fresh_turns
+        ]
+        return min(candidates, key=lambda r: r.last_used, default=None)
+
+    def _drop(self, resident: Resident) -> None:
+        if resident.slot is not None:
+            self._pool.evict(resident.slot)
+        if resident.loading is not None:
+            resident.loading.cancel()
+        del self._residents[resident.digest]

@@ -1,0 +1,249 @@
+"""Residency: loads off the step thread, references, pins, least recently used first, nothing leaked."""
+
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from chorus.adapters.kinds import LoweredAdapter, LowRankFactors
+from chorus.adapters.pool import AdapterPool, SlotSegment
+from chorus.adapters.residency import LoadOutcome, Residency
+from chorus.errors import FailedPrecondition
+from chorus.models.sites import Site
+
+SITES = {name: Site(name, 4, 6) for name in ("q", "v")}
+
+
+def lowered(rank: int, fill: float = 1.0) -> LoweredAdapter:
+    factors = LowRankFactors(torch.full((rank, 4), fill), torch.full((rank, 6), fill), 0.5)
+    return LoweredAdapter("LORA", {"q": factors, "v": factors})
+
+
+def make_pool(rows: int = 32) -> AdapterPool:
+    return AdapterPool(SITES, rows=rows, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def load_by_name(path: str) -> LoweredAdapter:
+    """Paths are "RANK" or "bad"."""
+    if path == "bad":
+        raise FailedPrecondition("bad adapter")
+    return lowered(int(path))
+
+
+def settle(residency: Residency) -> list[LoadOutcome]:
+    """Advances until no load is under way."""
+    outcomes = residency.advance()
+    while any(r.loading for r in residency.residents()):
+        residency.wait(5)
+        outcomes += residency.advance()
+    return outcomes
+
+
+def acquired(residency: Residency, digest: str, path: str = "8") -> int:
+    residency.request(digest, path)
+    settle(residency)
+    slot = residency.acquire(digest, path)
+    assert slot is not None
+    return slot
+
+
+def test_a_missing_version_is_loaded_off_the_step_thread_and_once() -> None:
+    loading, release, calls = threading.Event(), threading.Event(), []
+
+    def load(path: str) -> LoweredAdapter:
+        calls.append(threading.current_thread().name)
+        loading.set()
+        assert release.wait(5)
+        return lowered(8)
+
+    residency = Residency(make_pool(), load)
+    assert residency.acquire("a", "p") is None
+    assert residency.acquire("a", "p") is None
+    assert loading.wait(5)
+    assert residency.advance() == []  # the step thread is not held up
+    release.set()
+    outcomes = settle(residency)
+    assert [(o.digest, o.error) for o in outcomes] == [("a", None)]
+    assert [stage for stage, _ in outcomes[0].seconds_by_stage] == ["host", "device"]
+    assert residency.acquire("a", "p") is not None
+    assert len(calls) == 1
+    assert calls[0].startswith("chorus-loader")
+
+
+def test_a_failed_load_is_told_and_can_be_tried_again() -> None:
+    residency = Residency(make_pool(), load_by_name)
+    residency.request("a", "bad")
+    (outcome,) = settle(residency)
+    assert isinstance(outcome.error, FailedPrecondition)
+    assert acquired(residency, "a", "8") is not None
+
+
+def test_a_bug_in_a_loader_does_not_show_its_text() -> None:
+    def load(path: str) -> LoweredAdapter:
+        raise KeyError("/secret/path")
+
+    residency = Residency(make_pool(), load)
+    residency.request("a", "p")
+    (outcome,) = settle(residency)
+    assert outcome.error is not None
+    assert outcome.error.code == "INTERNAL"
+    assert "secret" not in outcome.error.message
+
+
+def test_the_least_recently_used_free_version_makes_room() -> None:
+    residency = Residency(make_pool(rows=24), load_by_name)
+    for digest in "abc":
+        acquired(residency, digest)
+    residency.release("b")
+    settle(residency)
+    residency.release("a")
+    settle(residency), settle(residency), settle(residency)
+    acquired(residency, "d")
+    assert {r.digest for r in residency.residents()} == {"a", "c", "d"}
+    assert residency.evictions == 1
+
+
+def test_held_and_pinned_versions_stay_and_the_newcomer_waits_on_the_host() -> None:
+    residency = Residency(make_pool(rows=16), load_by_name)
+    acquired(residency, "held")
+    residency.pin("pinned", "8")
+    settle(residency)
+    for _ in range(5):
+        assert residency.acquire("new", "8") is None
+        settle(residency)
+    assert {r.digest: r.tier.value for r in residency.residents()} == {
+        "held": "device",
+        "pinned": "device",
+        "new": "host",
+    }
+    residency.release("held")
+    settle(residency), settle(residency), settle(residency)
+    assert residency.acquire("new", "8") is not None
+
+
+def test_unloading_waits_for_the_last_reference() -> None:
+    pool = make_pool()
+    residency = Residency(pool, load_by_name)
+    acquired(residency, "a")
+    residency.unload("a")
+    assert residency.on_device("a")
+    residency.release("a")
+    assert not residency.residents()
+    assert pool.rows_used == 0
+
+
+def test_an_unload_is_taken_back_by_a_new_request() -> None:
+    residency = Residency(make_pool(), load_by_name)
+    acquired(residency, "a")
+    residency.unload("a")
+    assert residency.acquire("a", "8") is not None
+    residency.release("a")
+    residency.release("a")
+    assert residency.on_device("a")
+
+
+def test_an_adapter_larger_than_the_pool_is_refused_by_site() -> None:
+    residency = Residency(make_pool(rows=16), load_by_name)
+    residency.request("a", "17")
+    (outcome,) = settle(residency)
+    assert isinstance(outcome.error, FailedPrecondition)
+    assert "q" in outcome.error.message
+
+
+def test_slots_are_never_used_twice() -> None:
+    pool = make_pool(rows=8)
+    first = pool.load(lowered(8, 1.0))
+    assert first is not None
+    assert pool.load(lowered(8)) is None
+    pool.evict(first)
+    second = pool.load(lowered(8, 2.0))
+    assert second is not None
+    assert second != first
+    with pytest.raises(KeyError):
+        pool.plans([SlotSegment(0, 1, first)])
+
+
+def test_mixed_ranks_take_their_rows_and_no_more() -> None:
+    pool = make_pool(rows=256)
+    for rank in (4, 8, 17, 128):
+        assert pool.load(lowered(rank)) is not None
+    assert pool.rows_used == 2 * (8 + 8 + 24 + 128)
+
+
+class ResidencyMachine(RuleBasedStateMachine):
+    """Random requests, references, pins and unloads over five versions in a pool that holds two or three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = make_pool(rows=24)
+        self.residency = Residency(self.pool, load_by_name)
+        self.refs: dict[str, int] = {}
+
+    digests = st.sampled_from("abcde")
+
+    @rule(digest=digests)
+    def acquire(self, digest: str) -> None:
+        if self.residency.acquire(digest, str(4 + 4 * (ord(digest) - ord("a")))) is not None:
+            self.refs[digest] = self.refs.get(digest, 0) + 1
+
+    @precondition(lambda self: any(self.refs.values()))
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        digest = data.draw(st.sampled_from(sorted(d for d, n in self.refs.items() if n)))
+        self.residency.release(digest)
+        self.refs[digest] -= 1
+
+    @rule(digest=digests, pinned=st.booleans())
+    def pin(self, digest: str, pinned: bool) -> None:
+        if pinned:
+            self.residency.pin(digest, str(4 + 4 * (ord(digest) - ord("a"))))
+        else:
+            self.residency.unpin(digest)
+
+    @rule(digest=digests)
+    def unload(self, digest: str) -> None:
+        self.residency.unload(digest)
+
+    @rule()
+    def step(self) -> None:
+        self.residency.wait(1)
+        self.residency.advance()
+
+    @invariant()
+    def what_requests_hold_is_on_the_device_and_pages_add_up(self) -> None:
+        self.residency.check_integrity()
+        for digest, count in self.refs.items():
+            if count:
+                assert self.residency.on_device(digest)
+
+    def teardown(self) -> None:
+        for digest, count in self.refs.items():
+            for _ in range(count):
+                self.residency.release(digest)
+        for digest in "abcde":
+            self.residency.unload(digest)
+        assert self.pool.rows_used == 0
+        self.residency.close()
+
+
+TestResidency = ResidencyMachine.TestCase
+TestResidency.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+def test_closing_does_not_wait_for_loads() -> None:
+    release = threading.Event()
+
+    def load(path: str) -> LoweredAdapter:
+        release.wait(5)
+        return lowered(8)
+
+    residency = Residency(make_pool(), load)
+    residency.request("a", "p")
+    began = time.monotonic()
+    residency.close()
+    assert time.monotonic() - began < 1
+    release.set()
