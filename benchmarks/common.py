@@ -1,0 +1,105 @@
+"""What the benchmark scripts share: the shape, a quiet machine, ceilings, the results file."""
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+QUIET_WAIT_S = 120.0
+# Cores that others may keep busy before a measurement is worthless.
+QUIET_CORES = 0.4
+
+# The 144M-parameter Llama shape that the peers' figures on CPU were taken with.
+SHAPE_144M: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 1024,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 2816,
+    "vocab_size": 8192,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
+def wait_until_quiet() -> None:
+    """Returns once nothing else keeps the cores busy; exits with a message if that does not come."""
+    ended = time.monotonic() + QUIET_WAIT_S
+    while (busy := psutil.cpu_percent(interval=2.0) / 100 * (psutil.cpu_count() or 1)) > QUIET_CORES:
+        if time.monotonic() > ended:
+            sys.exit(f"something else keeps {busy:.1f} cores busy: no figures from such a machine")
+
+
+def median_seconds(work: Callable[[], object], repeats: int = 20) -> float:
+    """Median wall seconds of one call, after two that are not counted."""
+    times = []
+    for i in range(repeats + 2):
+        began = time.perf_counter()
+        work()
+        if i >= 2:
+            times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a large copy."""
+    source = torch.empty(2**28, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_seconds(lambda: target.copy_(source), 5)
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of a large square product."""
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    return 2 * 2048**3 / median_seconds(lambda: a @ b, 5)
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what this was measured."""
+    return {
+        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+        "python": platform.python_version(),
+    }
+
+
+def record(name: str, row: dict[str, Any]) -> None:
+    """Appends a row, with the machine, to results/NAME.jsonl."""
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / f"{name}.jsonl").open("a") as file:
+        file.write(json.dumps({**row, **machine()}) + "\n")
+
+
+def _cpu_name() -> str:
+    flags = {"avx512_bf16", "amx_bf16"}
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
+    except (OSError, ValueError):
+        return platform.processor()
+    fields = {key.strip(): value.strip() for key, value in lines.items()}
+    return " ".join([fields.get("model name", "?"), *sorted(flags & set(fields.get("flags", "").split()))])
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return done.stdout.strip()

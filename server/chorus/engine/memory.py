@@ -1,0 +1,43 @@
+"""How the memory that the operator granted is split: KV blocks and adapter rank rows. Fixed at start."""
+
+from dataclasses import dataclass
+
+from chorus.adapters.pool import rows_for_budget
+from chorus.config import ServerConfig
+from chorus.errors import FailedPrecondition
+from chorus.models.base import Base
+
+BLOCK_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """`kv_blocks` of `block_size` tokens each; `adapter_rows` rank rows at every site."""
+
+    kv_blocks: int
+    block_size: int
+    kv_bytes: int
+    adapter_rows: int
+    context_length: int
+
+
+def plan_memory(base: Base, config: ServerConfig) -> MemoryPlan:
+    """Splits the configured budgets.
+
+    Raises:
+        FailedPrecondition: the KV budget does not hold a single block for two sequences.
+    """
+    block_bytes = 2 * base.layers * base.kv_heads * base.head_dim * BLOCK_SIZE * base.dtype.itemsize
+    blocks = config.kv_cache_mb * 2**20 // block_bytes
+    if blocks < 2:
+        raise FailedPrecondition(
+            f"--kv-cache-mb {config.kv_cache_mb}: {BLOCK_SIZE} tokens of this model take {block_bytes / 2**20:.1f} MiB",
+            reason="KV_CACHE_TOO_SMALL",
+        )
+    return MemoryPlan(
+        kv_blocks=blocks,
+        block_size=BLOCK_SIZE,
+        kv_bytes=blocks * block_bytes,
+        adapter_rows=rows_for_budget(base.sites, base.dtype, config.adapter_memory_mb * 2**20),
+        context_length=min(base.facts.context_length, blocks * BLOCK_SIZE),
+    )

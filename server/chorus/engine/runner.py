@@ -1,0 +1,47 @@
+"""Runs the base model once over a packed batch. Owns the KV cache's tensors; knows nothing of requests' states."""
+
+import torch
+from torch import Tensor
+
+from chorus.adapters.pool import AdapterPool
+from chorus.engine.layout import Layout
+from chorus.kernels import AttentionPlan
+from chorus.models.attention import StepAttention
+from chorus.models.base import Base
+
+
+class Runner:
+    """The base model with its KV cache of `kv_blocks` pages and its adapter pool."""
+
+    def __init__(self, base: Base, pool: AdapterPool, *, kv_blocks: int, block_size: int) -> None:
+        self._base = base
+        self._pool = pool
+        self._block_size = block_size
+        shape = (base.layers, kv_blocks, block_size, base.kv_heads, base.head_dim)
+        self._k_cache = torch.zeros(shape, dtype=base.dtype, device=base.device)
+        self._v_cache = torch.zeros(shape, dtype=base.dtype, device=base.device)
+        for name, linear in base.linears.items():
+            linear.pool = pool.pools[name]
+
+    @torch.inference_mode()
+    def forward(self, layout: Layout) -> Tensor:
+        """Logits [S, V] of the layout's sampled rows; the keys and values of all its rows are in the cache then."""
+        device = self._base.device
+        self._set_plans(layout)
+        step = StepAttention(AttentionPlan(layout.rows, self._block_size, device), self._k_cache, self._v_cache)
+        output = self._base.module(
+            input_ids=torch.tensor([layout.token_ids], device=device),
+            position_ids=torch.tensor([layout.positions], device=device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(layout.sample_rows, dtype=torch.int64, device=device),
+            chorus_step=step,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def _set_plans(self, layout: Layout) -> None:
+        """Tells each adapted linear what to add; lm_head sees the sampled rows only and has a table of its own."""
+        plans = self._pool.plans(layout.segments)
+        head_plans = self._pool.plans(layout.sample_segments)
+        for name, linear in self._base.linears.items():
+            linear.plan = (head_plans if linear.site.is_lm_head else plans).get(name)

@@ -1,0 +1,73 @@
+"""The step thread: the only one that touches torch, the pools and the scheduler."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+from chorus.engine.engine import Engine
+from chorus.engine.messages import Command, StepEvents
+
+logger = logging.getLogger(__name__)
+
+# How long an engine without work sleeps before it looks at queued requests' deadlines again, seconds.
+_IDLE_WAIT = 0.05
+
+
+class _Wake:
+    """Not a command: only ends the wait."""
+
+
+class EngineThread:
+    """Steps an engine while there is work. `on_events` and `on_death` are called on the step thread."""
+
+    def __init__(
+        self,
+        make_engine: Callable[[Callable[[], None]], Engine],
+        on_events: Callable[[StepEvents], None],
+        on_death: Callable[[BaseException], None],
+    ) -> None:
+        """`make_engine(wake)` builds the engine; it calls `wake` from any thread when a load has ended."""
+        self._inbox: queue.SimpleQueue[Command | _Wake] = queue.SimpleQueue()
+        self._engine = make_engine(lambda: self._inbox.put(_Wake()))
+        self._on_events = on_events
+        self._on_death = on_death
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="chorus-step", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def send(self, command: Command) -> None:
+        """Hands a command to the engine; returns at once. From any thread."""
+        self._inbox.put(command)
+
+    def stop(self) -> None:
+        """Ends the loop after the step under way, and waits for it."""
+        self._stopping.set()
+        self._inbox.put(_Wake())
+        self._thread.join()
+        self._engine.close()
+
+    def _loop(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                commands = self._take()
+                step = self._engine.step(commands)
+                if step.ran or step.events or commands:
+                    self._on_events(step)
+        except BaseException as error:
+            logger.critical("the engine died", exc_info=error)
+            self._on_death(error)
+
+    def _take(self) -> list[Command]:
+        """All commands that are waiting; sleeps for the first one when the engine has nothing to do."""
+        taken: list[Command | _Wake] = []
+        try:
+            if not self._engine.has_work:
+                taken.append(self._inbox.get(timeout=_IDLE_WAIT if self._engine.scheduler.waiting else None))
+            while True:
+                taken.append(self._inbox.get_nowait())
+        except queue.Empty:
+            pass
+        return [command for command in taken if not isinstance(command, _Wake)]
