@@ -2,6 +2,9 @@
 
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from chorus.adapters.kinds import LoweredAdapter, LowRankFactors
 from chorus.adapters.pool import AdapterPool, SlotSegment
 from chorus.adapters.residency import LoadOutcome, Residency
-from chorus.errors import FailedPrecondition
+from chorus.errors import ChorusError, FailedPrecondition
 from chorus.models.sites import Site
 
 SITES = {name: Site(name, 4, 6) for name in ("q", "v")}
@@ -27,7 +30,7 @@ def make_pool(rows: int = 32) -> AdapterPool:
     return AdapterPool(SITES, rows=rows, device=torch.device("cpu"), dtype=torch.float32)
 
 
-def load_by_name(path: str) -> LoweredAdapter:
+def load_by_name(digest: str, path: str) -> LoweredAdapter:
     """Paths are "RANK" or "bad"."""
     if path == "bad":
         raise FailedPrecondition("bad adapter")
@@ -54,7 +57,7 @@ def acquired(residency: Residency, digest: str, path: str = "8") -> int:
 def test_a_missing_version_is_loaded_off_the_step_thread_and_once() -> None:
     loading, release, calls = threading.Event(), threading.Event(), []
 
-    def load(path: str) -> LoweredAdapter:
+    def load(digest: str, path: str) -> LoweredAdapter:
         calls.append(threading.current_thread().name)
         loading.set()
         assert release.wait(5)
@@ -83,7 +86,7 @@ def test_a_failed_load_is_told_and_can_be_tried_again() -> None:
 
 
 def test_a_bug_in_a_loader_does_not_show_its_text() -> None:
-    def load(path: str) -> LoweredAdapter:
+    def load(digest: str, path: str) -> LoweredAdapter:
         raise KeyError("/secret/path")
 
     residency = Residency(make_pool(), load)
@@ -174,13 +177,25 @@ def test_mixed_ranks_take_their_rows_and_no_more() -> None:
     assert pool.rows_used == 2 * (8 + 8 + 24 + 128)
 
 
+class InlineExecutor(Executor):
+    """Runs what is submitted at once, so that a run of the machine can be repeated exactly."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except ChorusError as error:
+            future.set_exception(error)
+        return future
+
+
 class ResidencyMachine(RuleBasedStateMachine):
     """Random requests, references, pins and unloads over five versions in a pool that holds two or three."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = make_pool(rows=24)
-        self.residency = Residency(self.pool, load_by_name)
+        self.residency = Residency(self.pool, load_by_name, executor=InlineExecutor())
         self.refs: dict[str, int] = {}
 
     digests = st.sampled_from("abcde")
@@ -210,7 +225,6 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
-        self.residency.wait(1)
         self.residency.advance()
 
     @invariant()
@@ -237,7 +251,7 @@ TestResidency.settings = settings(max_examples=40, stateful_step_count=30, deadl
 def test_closing_does_not_wait_for_loads() -> None:
     release = threading.Event()
 
-    def load(path: str) -> LoweredAdapter:
+    def load(digest: str, path: str) -> LoweredAdapter:
         release.wait(5)
         return lowered(8)
 

@@ -9,7 +9,7 @@ are the operator's. What has neither may be evicted, the least recently used fir
 
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -17,6 +17,8 @@ from typing import NamedTuple
 from chorus.adapters.kinds import LoweredAdapter
 from chorus.adapters.pool import AdapterPool
 from chorus.errors import ChorusError, FailedPrecondition, InternalError
+
+LOADERS = 2
 
 
 class Tier(Enum):
@@ -61,7 +63,7 @@ class Resident:
 class Residency:
     """Loads, keeps and evicts versions in one device pool.
 
-    `load(path)` runs on a loader thread and returns the lowered adapter, or raises a ChorusError; `on_ready` is called
+    `load(digest, path)` runs on a loader thread and returns the lowered adapter, or raises a ChorusError; `on_ready` is called
     there when a load has ended and `advance` has something to do. `fresh_turns` keeps a version that just arrived from
     being evicted before the scheduler could take it.
     """
@@ -69,16 +71,16 @@ class Residency:
     def __init__(
         self,
         pool: AdapterPool,
-        load: Callable[[str], LoweredAdapter],
+        load: Callable[[str, str], LoweredAdapter],
         *,
         on_ready: Callable[[], None] = lambda: None,
-        loaders: int = 2,
+        executor: Executor | None = None,
         fresh_turns: int = 2,
     ) -> None:
         self._pool = pool
         self._load = load
         self._on_ready = on_ready
-        self._executor = ThreadPoolExecutor(loaders, thread_name_prefix="chorus-loader")
+        self._executor = executor or ThreadPoolExecutor(LOADERS, thread_name_prefix="chorus-loader")
         self._residents: dict[str, Resident] = {}
         self._turn = 0
         self._fresh_turns = fresh_turns
@@ -89,7 +91,7 @@ class Residency:
         """Starts a load unless the version is in memory or on its way."""
         resident = self._residents.get(digest)
         if resident is None:
-            future = self._executor.submit(self._timed_load, path)
+            future = self._executor.submit(self._timed_load, digest, path)
             resident = self._residents[digest] = Resident(digest, path, future)
             future.add_done_callback(lambda _: self._on_ready())
         resident.unwanted = False
@@ -169,9 +171,9 @@ class Residency:
         assert sum(r.rank_rows for r in on_device) == self._pool.rows_used, "rank rows leaked or shared"
         assert all(r.refs >= 0 for r in on_device), "negative references"
 
-    def _timed_load(self, path: str) -> tuple[LoweredAdapter, float]:
+    def _timed_load(self, digest: str, path: str) -> tuple[LoweredAdapter, float]:
         began = time.monotonic()
-        return self._load(path), time.monotonic() - began
+        return self._load(digest, path), time.monotonic() - began
 
     def _to_host(self, resident: Resident) -> bool:
         """True once the loader is done with it."""

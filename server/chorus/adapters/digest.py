@@ -1,0 +1,61 @@
+"""The identity of an adapter version: a SHA-256 over what the adapter computes.
+
+    canonical JSON of {"base": base digest, "config": ..., "task": ...}, "\\n",
+    then for each tensor by name: canonical JSON of [name, dtype, shape], "\\n", raw little-endian bytes
+
+dtype and shape fix how many bytes follow, so two contents can not share one stream. What does not change an answer
+(`base_model_name_or_path`, `peft_version`, `inference_mode`, dropout, metrics, the order of tensors in the file) is
+left out: the same adapter pushed twice is one version. Of the task card, what serving reads counts.
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chorus.adapters import artifact as artifacts
+from chorus.adapters.artifact import Artifact, TaskCard
+from chorus.adapters.safetensors_file import DTYPE_NAMES
+from chorus.adapters.strict_json import canonical
+from chorus.errors import ChorusError, DataLoss
+
+
+def version_digest(artifact: Artifact, base_digest: str) -> str:
+    """The version's digest on the base of this digest; both SHA-256, 64 hex digits."""
+    identity = {"base": base_digest, "config": artifact.config.identity(), "task": _task_identity(artifact.task)}
+    sha = hashlib.sha256(canonical(identity) + b"\n")
+    for name, tensor in sorted(artifact.tensors.items()):
+        sha.update(canonical([name, DTYPE_NAMES[tensor.dtype], list(tensor.shape)]) + b"\n")
+        sha.update(_little_endian(tensor))
+    return sha.hexdigest()
+
+
+def read_verified(folder: Path, *, digest: str, base_digest: str) -> Artifact:
+    """Reads a stored version again and checks that it still is what was registered.
+
+    Raises:
+        DataLoss: a file is missing, can not be read any more, or holds something else.
+    """
+    try:
+        artifact = artifacts.read(folder)
+    except (ChorusError, OSError) as error:
+        raise DataLoss(f"version {digest}: its stored files can not be read any more") from error
+    if version_digest(artifact, base_digest) != digest:
+        raise DataLoss(f"version {digest}: its stored bytes no longer match its digest")
+    return artifact
+
+
+def _task_identity(task: TaskCard | None) -> dict[str, object] | None:
+    if task is None:
+        return None
+    return task.model_dump(mode="json", include={"task", "labels", "prompt_template", "max_length"})
+
+
+def _little_endian(tensor: torch.Tensor) -> Any:
+    """The tensor's bytes as a buffer; a copy only where the machine is not little-endian."""
+    data = tensor.contiguous().view(-1).view(torch.uint8)
+    if sys.byteorder == "big":
+        data = data.view(-1, tensor.element_size()).flip(1).contiguous().view(-1)
+    return data.numpy()
