@@ -51,21 +51,23 @@ def median_seconds(work: Callable[[], object], repeats: int = 20) -> float:
     for i in range(repeats + 2):
         began = time.perf_counter()
         work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         if i >= 2:
             times.append(time.perf_counter() - began)
     return statistics.median(times)
 
 
-def copy_bandwidth() -> float:
+def copy_bandwidth(device: str) -> float:
     """Bytes read and written per second by a large copy."""
-    source = torch.empty(2**28, dtype=torch.uint8)
+    source = torch.empty(2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / median_seconds(lambda: target.copy_(source), 5)
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
+def matmul_rate(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of a large square product."""
-    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
     return 2 * 2048**3 / median_seconds(lambda: a @ b, 5)
 
 

@@ -1,6 +1,6 @@
 """The engine's tokens/s on CPU beside transformers' `generate()` and peft's mixed batch, interleaved in one run.
 
-    python benchmarks/engine.py [--json] [--rounds 5]
+    python benchmarks/engine.py [--json] [--rounds 5] [--device cpu]
 
 16 requests, 64 tokens in, 64 out, greedy, bf16, a 144M Llama shape; adapters of rank 16 on all seven linears. Each
 contestant is a process of its own with the same weights, and they take turns; ratios are of medians. Prints the
@@ -35,8 +35,10 @@ def prompts() -> list[list[int]]:
     return torch.randint(0, SHAPE_144M["vocab_size"], (REQUESTS, TOKENS_IN), generator=generator).tolist()
 
 
-def chorus_contestant(folder: Path) -> tuple[Callable[[int], float], Callable[[], dict[str, float]]]:
+def chorus_contestant(folder: Path, device: str) -> tuple[Callable[[int], float], Callable[[], dict[str, float]]]:
     """Our engine, stepped in this process: a function (adapters) -> tokens/s, and one that tells its memory."""
+    from chorus.adapters import artifact as artifacts
+    from chorus.adapters.digest import version_digest
     from chorus.config import ServerConfig
     from chorus.engine import messages as m
     from chorus.engine.engine import Engine
@@ -44,10 +46,11 @@ def chorus_contestant(folder: Path) -> tuple[Callable[[int], float], Callable[[]
     from chorus.models.base import load_base
 
     config = ServerConfig(kv_cache_mb=KV_MB, adapter_memory_mb=ADAPTER_MB)
-    base = load_base(str(folder), device="cpu", dtype="bfloat16", load_format="dummy")
+    base = load_base(str(folder), device=device, dtype="bfloat16", load_format="dummy")
     memory = plan_memory(base, config)
     engine = Engine(base, memory, max_rank=64, max_rows=REQUESTS, max_step_tokens=512, max_queue=64)
-    refs = [m.AdapterRef(f"{i:064x}", str(folder / f"adapter-{i}")) for i in range(16)]
+    folders = [folder / f"adapter-{i}" for i in range(16)]
+    refs = [m.AdapterRef(version_digest(artifacts.read(f), base.facts.digest), str(f)) for f in folders]
     loaded: set[str] = set()
     engine.step([m.Pin(ref) for ref in refs])
     while len(loaded) < len(refs):
@@ -77,13 +80,13 @@ def chorus_contestant(folder: Path) -> tuple[Callable[[int], float], Callable[[]
     return run, memory_mb
 
 
-def transformers_contestant(folder: Path) -> tuple[Callable[[int], float], Callable[[], dict[str, float]]]:
+def transformers_contestant(folder: Path, device: str) -> tuple[Callable[[int], float], Callable[[], dict[str, float]]]:
     """transformers' generate() for the base, peft's `adapter_names` batch for adapters. Saves the adapters first."""
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).eval()
+    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).eval().to(device)
     wrapped: PeftModel | None = None
     for i in range(16):
         config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LINEARS, init_lora_weights=False)
@@ -92,13 +95,13 @@ def transformers_contestant(folder: Path) -> tuple[Callable[[int], float], Calla
         else:
             wrapped.add_adapter(f"a{i}", config, autocast_adapter_dtype=False)
     assert wrapped is not None
-    wrapped.eval()
+    wrapped.eval().to(device)
     for i in range(16):
         wrapped.save_pretrained(str(folder / f"a{i}-saved"), selected_adapters=[f"a{i}"])
         (folder / f"a{i}-saved" / f"a{i}").rename(folder / f"adapter-{i}")
     torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).eval()
-    ids = torch.tensor(prompts())
+    base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16).eval().to(device)
+    ids = torch.tensor(prompts(), device=device)
     options = {"max_new_tokens": TOKENS_OUT, "min_new_tokens": TOKENS_OUT, "do_sample": False, "pad_token_id": 0}
 
     @torch.inference_mode()
@@ -115,31 +118,31 @@ def transformers_contestant(folder: Path) -> tuple[Callable[[int], float], Calla
     return run, dict
 
 
-def serve(make: Callable[[Path], Any], folder: Path, pipe: Connection) -> None:
+def serve(make: Callable[[Path, str], Any], folder: Path, device: str, pipe: Connection) -> None:
     """A contestant's process: answers each number of adapters with its tokens/s, and None with its memory."""
-    run, memory = make(folder)
+    run, memory = make(folder, device)
     pipe.send("ready")
     while (asked := pipe.recv()) is not None:
         pipe.send(run(asked))
     pipe.send(memory())
 
 
-def start(make: Callable[[Path], Any], folder: Path) -> Connection:
+def start(make: Callable[[Path, str], Any], folder: Path, device: str) -> Connection:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    context.Process(target=serve, args=(make, folder, theirs), daemon=True).start()
+    context.Process(target=serve, args=(make, folder, device, theirs), daemon=True).start()
     theirs.close()
     assert ours.recv() == "ready"
     return ours
 
 
-def measure(rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, float]]:
+def measure(rounds: int, device: str) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, float]]:
     """Tokens/s of each workload and round, ours and theirs, in turns; the first round is a warm-up."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(SHAPE_144M))
-        theirs_pipe = start(transformers_contestant, folder)  # first: it saves the adapters
-        our_pipe = start(chorus_contestant, folder)
+        theirs_pipe = start(transformers_contestant, folder, device)  # first: it saves the adapters
+        our_pipe = start(chorus_contestant, folder, device)
         ours: dict[str, list[float]] = {w: [] for w in ADAPTED}
         theirs: dict[str, list[float]] = {w: [] for w in ADAPTED}
         for i in range(rounds + 1):
@@ -158,12 +161,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     wait_until_quiet()
-    ceilings = {"copy_gb_s": copy_bandwidth() / 1e9, "matmul_bf16_gflop_s": matmul_rate(torch.bfloat16) / 1e9}
+    ceilings = {
+        "copy_gb_s": copy_bandwidth(arguments.device) / 1e9,
+        "matmul_bf16_gflop_s": matmul_rate(torch.bfloat16, arguments.device) / 1e9,
+    }
     print("ceilings: " + ", ".join(f"{name} {value:.1f}" for name, value in ceilings.items()), file=sys.stderr)
-    ours, theirs, memory = measure(arguments.rounds)
-    row: dict[str, Any] = {**ceilings}
+    ours, theirs, memory = measure(arguments.rounds, arguments.device)
+    row: dict[str, Any] = {"device": arguments.device, **ceilings}
     print(f"{'workload':10} {'chorus tok/s':>14} {'peer tok/s':>12} {'ratio':>7}   range of ratios", file=sys.stderr)
     for workload in ADAPTED:
         peer = "transformers" if workload == "base" else "peft"
@@ -178,7 +185,7 @@ def main() -> None:
     print(f"memory: {memory}", file=sys.stderr)
     record("engine", row)
     if arguments.json:
-        print(json.dumps({key: round(value, 3) for key, value in row.items()}))
+        print(json.dumps({key: round(v, 3) if isinstance(v, float) else v for key, v in row.items()}))
 
 
 if __name__ == "__main__":

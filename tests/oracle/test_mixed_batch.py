@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from chorus.engine import messages as m
-from support.engines import make_engine, run
+from support.engines import make_engine, reference, run
 from support.tiny import VOCAB, save_adapter, save_base, solo_greedy
 
 NEW_TOKENS = 12
@@ -62,7 +62,7 @@ class World:
             request_id=i,
             prompt=tuple(prompt),
             sampling=m.Sampling(NEW_TOKENS, temperature=0.0, ignore_eos=True),
-            adapter=m.AdapterRef(name, str(folder)) if folder else None,
+            adapter=reference(self.base, folder) if folder else None,
         )
 
 

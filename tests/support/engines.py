@@ -4,10 +4,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from chorus.adapters import artifact as artifacts
+from chorus.adapters.digest import version_digest
 from chorus.engine import messages as m
 from chorus.engine.engine import Engine
 from chorus.engine.memory import MemoryPlan
 from chorus.models.base import load_base
+from chorus.models.digest import base_digest
+
+
+def reference(base: Path, adapter: Path) -> m.AdapterRef:
+    """What the registry would say of an adapter pushed to a server with this base."""
+    return m.AdapterRef(version_digest(artifacts.read(adapter), base_digest(base)), str(adapter))
 
 
 @dataclass

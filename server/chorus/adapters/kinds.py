@@ -59,6 +59,13 @@ class LoweredAdapter:
         """How many modules of the base the adapter changes."""
         return len(self.low_rank)
 
+    def to(self, dtype: torch.dtype) -> "LoweredAdapter":
+        """The same adapter with its factors in another dtype."""
+        return LoweredAdapter(
+            self.kind,
+            {name: LowRankFactors(f.a.to(dtype), f.b.to(dtype), f.scale) for name, f in self.low_rank.items()},
+        )
+
     def bytes(self, dtype_bytes: int) -> int:
         """Bytes of all factors once each element takes `dtype_bytes`."""
         return dtype_bytes * sum(factors.a.numel() + factors.b.numel() for factors in self.low_rank.values())

@@ -27,6 +27,13 @@ class Tier(Enum):
     DEVICE = "device"
 
 
+class LoadedHost(NamedTuple):
+    """What a loader thread gives: the adapter in host memory, and how long each of its stages took."""
+
+    adapter: LoweredAdapter
+    seconds_by_stage: tuple[tuple[str, float], ...] = ()
+
+
 class LoadOutcome(NamedTuple):
     """A load that ended: `error` is None when the version is on the device."""
 
@@ -41,7 +48,7 @@ class Resident:
 
     digest: str
     path: str
-    loading: "Future[tuple[LoweredAdapter, float]] | None"
+    loading: Future[LoadedHost] | None
     host: LoweredAdapter | None = None
     slot: int | None = None
     refs: int = 0
@@ -63,15 +70,15 @@ class Resident:
 class Residency:
     """Loads, keeps and evicts versions in one device pool.
 
-    `load(digest, path)` runs on a loader thread and returns the lowered adapter, or raises a ChorusError; `on_ready` is called
-    there when a load has ended and `advance` has something to do. `fresh_turns` keeps a version that just arrived from
-    being evicted before the scheduler could take it.
+    `load(digest, path)` runs on a loader thread and returns the adapter, or raises a ChorusError; `on_ready` is
+    called there when a load has ended and `advance` has something to do. `fresh_turns` keeps a version that just
+    arrived from being evicted before the scheduler could take it.
     """
 
     def __init__(
         self,
         pool: AdapterPool,
-        load: Callable[[str, str], LoweredAdapter],
+        load: Callable[[str, str], LoadedHost],
         *,
         on_ready: Callable[[], None] = lambda: None,
         executor: Executor | None = None,
@@ -91,7 +98,7 @@ class Residency:
         """Starts a load unless the version is in memory or on its way."""
         resident = self._residents.get(digest)
         if resident is None:
-            future = self._executor.submit(self._timed_load, digest, path)
+            future = self._executor.submit(self._load, digest, path)
             resident = self._residents[digest] = Resident(digest, path, future)
             future.add_done_callback(lambda _: self._on_ready())
         resident.unwanted = False
@@ -171,10 +178,6 @@ class Residency:
         assert sum(r.rank_rows for r in on_device) == self._pool.rows_used, "rank rows leaked or shared"
         assert all(r.refs >= 0 for r in on_device), "negative references"
 
-    def _timed_load(self, digest: str, path: str) -> tuple[LoweredAdapter, float]:
-        began = time.monotonic()
-        return self._load(digest, path), time.monotonic() - began
-
     def _to_host(self, resident: Resident) -> bool:
         """True once the loader is done with it."""
         if resident.loading is None:
@@ -183,12 +186,12 @@ class Residency:
             return False
         future, resident.loading = resident.loading, None
         try:
-            resident.host, seconds = future.result()
+            resident.host, stages = future.result()
         except ChorusError:
             raise
         except Exception as error:
             raise InternalError(f"adapter {resident.digest[:12]} could not be loaded") from error
-        resident.seconds.append(("host", seconds))
+        resident.seconds += stages
         resident.kind = resident.host.kind
         resident.max_rank = resident.host.max_rank
         resident.rank_rows = self._pool.rows_of(resident.host)

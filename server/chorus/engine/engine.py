@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from chorus import failpoints
-from chorus.adapters import artifact, kinds
-from chorus.adapters.kinds import LoweredAdapter
+from chorus.adapters import kinds
+from chorus.adapters.digest import read_verified
 from chorus.adapters.pool import AdapterPool
-from chorus.adapters.residency import LoadOutcome, Residency
+from chorus.adapters.residency import LoadedHost, LoadOutcome, Residency
 from chorus.engine import messages as m
 from chorus.engine.kv_cache import BlockPool
 from chorus.engine.layout import Layout, lay_out
@@ -211,13 +211,24 @@ class Engine:
         )
 
 
-def _loader(base: Base, max_rank: int) -> Callable[[str], LoweredAdapter]:
-    """What a loader thread does with an adapter's folder: read, validate, lower."""
+def _loader(base: Base, max_rank: int) -> Callable[[str, str], LoadedHost]:
+    """What a loader thread does with an adapter's folder: read, check that it still is what was stored, lower, cast."""
     sites = base.sites
 
-    def load(path: str) -> LoweredAdapter:
+    def load(digest: str, path: str) -> LoadedHost:
         failpoints.hit("residency.load")
-        return kinds.lower(artifact.read(Path(path)), sites, max_rank=max_rank, base_weight=base.weight)
+        began = time.monotonic()
+        artifact = read_verified(Path(path), digest=digest, base_digest=base.facts.digest)
+        was_read = time.monotonic()
+        lowered = kinds.lower(artifact, sites, max_rank=max_rank, base_weight=base.weight)
+        was_validated = time.monotonic()
+        adapter = lowered.to(base.dtype)
+        stages = (
+            ("read", was_read - began),
+            ("validate", was_validated - was_read),
+            ("host", time.monotonic() - was_validated),
+        )
+        return LoadedHost(adapter, stages)
 
     return load
 

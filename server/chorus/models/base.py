@@ -155,7 +155,7 @@ def _module(folder: Path, config: Any, device: str, dtype: torch.dtype, load_for
             reason="BAD_MODEL",
         )
     try:
-        module: Any = AutoModelForCausalLM.from_pretrained(
+        module, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -163,11 +163,24 @@ def _module(folder: Path, config: Any, device: str, dtype: torch.dtype, load_for
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            output_loading_info=True,
         )
     except (ValueError, RuntimeError, OSError) as error:
         raise InvalidArgument(f"model: {folder} can not be read: {error}", reason="BAD_MODEL") from error
+    _check_complete(folder, report)
     loaded: PreTrainedModel = module.to(device).eval()
     return loaded
+
+
+def _check_complete(folder: Path, report: dict[str, Any]) -> None:
+    """Refuses what transformers only warns of: tensors that the files lack or hold in another shape, then random."""
+    for what in ("missing_keys", "mismatched_keys"):
+        if wrong := sorted(str(key) for key in report.get(what, ())):
+            raise InvalidArgument(
+                f"model: the weights of {folder} do not fit its config.json: {len(wrong)} {what.replace('_', ' ')}, "
+                f"the first is {wrong[0]}",
+                reason="BAD_MODEL",
+            )
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:

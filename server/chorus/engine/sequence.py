@@ -1,0 +1,74 @@
+"""One request inside the engine: its tokens, how many of them are in the KV cache, and where.
+
+    tokens   [ prompt ............................ | output ............ ]
+    cache    [ computed ............... |  remaining, 1 while decoding   ]
+    blocks   [ 7 ][ 2 ][ 9 ][ 4 ]                    the block table, page by page
+
+Knows nothing of the text, of streams or of the device. The scheduler and the pool are the only ones that change it.
+"""
+
+from dataclasses import dataclass, field
+from itertools import islice
+
+from chorus.engine.messages import AdapterRef, FinishReason, Sampling
+
+NO_SLOT = -1
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A prompt and what has been generated from it. Times are seconds on `time.monotonic`'s clock."""
+
+    request_id: int
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    adapter: AdapterRef | None = None
+    priority: int = 0
+    """Smaller runs earlier."""
+    deadline: float | None = None
+    arrival: float = 0.0
+
+    output: list[int] = field(default_factory=list)
+    computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    blocks: list[int] = field(default_factory=list)
+    slot: int = NO_SLOT
+    """The adapter's slot on the device while the sequence runs; `NO_SLOT` for the base model, and in the queue."""
+    started: bool = False
+    """It has run at least once; it may be back in the queue since."""
+    adapter_wait_since: float | None = None
+    adapter_wait: float = 0.0
+    """Seconds in the queue during which only its adapter was missing."""
+    ticket: int = 0
+    """Position in the order of arrival; set by the scheduler, as is `max_length`."""
+    max_length: int = 0
+    """Tokens, prompt included, at which it ends: the caller's limit, the context's or the cache's."""
+
+    @property
+    def length(self) -> int:
+        """All tokens, prompt and output."""
+        return len(self.prompt) + len(self.output)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be sampled: 1 while decoding."""
+        return self.length - self.computed
+
+    def token_slice(self, start: int, count: int) -> list[int]:
+        """Tokens `[start, start + count)` of prompt and output together, in O(count)."""
+        from_output = start - len(self.prompt)
+        if from_output >= 0:
+            return self.output[from_output : from_output + count]
+        tokens = list(self.prompt[start : start + count])
+        tokens.extend(islice(self.output, count - len(tokens)))
+        return tokens
+
+    def finish_reason(self, eos_token_ids: frozenset[int]) -> FinishReason | None:
+        """Why it ends with the last token of its output, if it does. The first `min_tokens` tokens stop nothing."""
+        sampling, token = self.sampling, self.output[-1]
+        if len(self.output) > sampling.min_tokens:
+            if token in eos_token_ids and not sampling.ignore_eos:
+                return FinishReason.STOP
+            if token in sampling.stop_token_ids:
+                return FinishReason.STOP
+        return FinishReason.LENGTH if self.length >= self.max_length else None
