@@ -1,0 +1,211 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from typer.testing import Result
+
+from chorus.admin.v1 import adapters_pb2
+from chorus.v1 import adapter_pb2
+from client.fake_chorus import FakeChorus, error_status
+
+Run = Callable[..., Result]
+RunJson = Callable[..., Any]
+DIGEST = "ab" * 32
+NAME = "tenants/acme/adapters/support"
+VERSION = f"{NAME}/versions/{DIGEST}"
+ADAPTER = adapter_pb2.Adapter(
+    name=NAME,
+    aliases={"live": DIGEST},
+    etag="e1",
+    create_time=Timestamp(seconds=1),
+    update_time=Timestamp(seconds=2),
+    version_count=3,
+)
+STORED = adapter_pb2.AdapterVersion(
+    name=VERSION, digest=DIGEST, kind="LORA", max_rank=8, size_bytes=4096, create_time=Timestamp(seconds=1), pinned=True
+)
+PUSHED = adapters_pb2.CreateAdapterVersionResponse(version=STORED, adapter=ADAPTER, created=True)
+RESIDENCY = adapters_pb2.GetResidencyResponse(
+    versions=[
+        adapters_pb2.ResidentVersion(
+            digest=DIGEST, tier=adapters_pb2.TIER_DEVICE, bytes=2048, rank_rows=56, max_rank=8, refs=1, names=[VERSION]
+        )
+    ],
+    rows_total=1000,
+    rows_used=56,
+    bytes_total=1 << 20,
+    bytes_used=2048,
+    kv_blocks_total=64,
+    kv_blocks_used=3,
+)
+PUSH = "Adapters.CreateAdapterVersion"
+
+
+def push(fake: FakeChorus, folder: Path, *more: str) -> tuple[object, ...]:
+    return "adapters", "push", folder, "--tenant", "acme", "--name", "support", "--admin", fake.address, *more
+
+
+def test_push_prints_what_was_stored(fake: FakeChorus, run_json: RunJson, folder: Path) -> None:
+    fake.answer(PUSH, PUSHED)
+    assert run_json(*push(fake, folder)) == {
+        "name": NAME,
+        "digest": DIGEST,
+        "version": VERSION,
+        "kind": "LORA",
+        "max_rank": 8,
+        "size_bytes": 4096,
+        "created": True,
+        "aliases": {"live": DIGEST},
+        "etag": "e1",
+    }
+
+
+@pytest.mark.parametrize(("flags", "alias"), [((), "live"), (("--alias", "canary"), "canary"), (("--no-alias",), "")])
+def test_push_moves_live_unless_told_otherwise(
+    fake: FakeChorus, run: Run, folder: Path, flags: tuple[str, ...], alias: str
+) -> None:
+    fake.answer(PUSH, PUSHED)
+    assert run(*push(fake, folder, *flags)).exit_code == 0
+    header = fake.calls[0].requests[0].header
+    assert header.HasField("alias")
+    assert (header.parent, header.alias) == (NAME, alias)
+
+
+def test_alias_and_no_alias_exclude_each_other(fake: FakeChorus, run: Run, folder: Path) -> None:
+    result = run(*push(fake, folder, "--alias", "canary", "--no-alias"))
+    assert result.exit_code == 2
+    assert not fake.calls
+
+
+def test_push_without_a_folder_is_wrong_usage(fake: FakeChorus, run: Run, tmp_path: Path) -> None:
+    assert run(*push(fake, tmp_path / "nowhere")).exit_code == 2
+
+
+def test_push_of_a_pickle_is_refused_with_the_servers_reason(fake: FakeChorus, run: Run, folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    result = run(*push(fake, folder, "--json"))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("chorus: INVALID_ARGUMENT (PICKLE_REFUSED): adapter_model.bin")
+    assert result.stderr.count("\n") == 1
+
+
+def test_push_draws_no_bar_where_nobody_watches(fake: FakeChorus, run: Run, folder: Path) -> None:
+    fake.answer(PUSH, PUSHED)
+    result = run(*push(fake, folder))
+    assert result.stderr == ""
+    assert result.stdout.splitlines()[0] == VERSION
+
+
+def test_list_prints_an_object_with_adapters(fake: FakeChorus, run_json: RunJson) -> None:
+    fake.answer("Adapters.ListAdapters", adapters_pb2.ListAdaptersResponse(adapters=[ADAPTER]))
+    assert run_json("adapters", "list", "--admin", fake.address, "--tenant", "acme") == {
+        "adapters": [
+            {
+                "name": NAME,
+                "aliases": {"live": DIGEST},
+                "etag": "e1",
+                "create_time": "1970-01-01T00:00:01+00:00",
+                "update_time": "1970-01-01T00:00:02+00:00",
+                "version_count": 3,
+            }
+        ]
+    }
+    assert fake.calls[0].request.parent == "tenants/acme"
+
+
+def test_an_empty_list_is_an_empty_list(fake: FakeChorus, run_json: RunJson) -> None:
+    fake.answer("Adapters.ListAdapters", adapters_pb2.ListAdaptersResponse())
+    assert run_json("adapters", "list", "--admin", fake.address) == {"adapters": []}
+
+
+def test_versions_prints_an_object_with_versions(fake: FakeChorus, run_json: RunJson) -> None:
+    fake.answer("Adapters.ListVersions", adapters_pb2.ListVersionsResponse(versions=[STORED]))
+    [version] = run_json("adapters", "versions", "acme/support", "--admin", fake.address)["versions"]
+    assert (version["name"], version["kind"], version["pinned"]) == (VERSION, "LORA", True)
+    assert fake.calls[0].request.parent == NAME
+
+
+def test_alias_moves_it_and_sends_the_etag(fake: FakeChorus, run_json: RunJson) -> None:
+    fake.answer("Adapters.SetAlias", ADAPTER)
+    adapter = run_json("adapters", "alias", "acme/support", "live", DIGEST, "--etag", "e0", "--admin", fake.address)
+    assert (adapter["name"], adapter["etag"]) == (NAME, "e1")
+    request = fake.calls[0].request
+    assert (request.name, request.alias, request.digest, request.etag) == (NAME, "live", DIGEST, "e0")
+
+
+def test_an_empty_digest_removes_the_alias(fake: FakeChorus, run: Run) -> None:
+    fake.answer("Adapters.SetAlias", ADAPTER)
+    assert run("adapters", "alias", NAME, "canary", "", "--admin", fake.address).exit_code == 0
+    assert fake.calls[0].request.digest == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [(NAME, "DeleteAdapter"), (VERSION, "DeleteVersion"), ("acme/support", "DeleteAdapter")]
+)
+def test_delete_tells_an_adapter_from_a_version(fake: FakeChorus, run_json: RunJson, name: str, method: str) -> None:
+    reply: Message = getattr(adapters_pb2, f"{method}Response")()
+    fake.answer(f"Adapters.{method}", reply)
+    full = VERSION if "Version" in method else NAME
+    assert run_json("adapters", "delete", name, "--admin", fake.address) == {"deleted": full}
+    assert fake.calls[0].request.name == full
+
+
+@pytest.mark.parametrize(("command", "method"), [("pin", "PinVersion"), ("unpin", "UnpinVersion")])
+def test_pin_and_unpin_print_the_version(fake: FakeChorus, run_json: RunJson, command: str, method: str) -> None:
+    fake.answer(f"Adapters.{method}", STORED)
+    assert run_json("adapters", command, VERSION, "--admin", fake.address)["digest"] == DIGEST
+    assert fake.calls[0].request.name == VERSION
+
+
+def test_residency_prints_versions_and_totals(fake: FakeChorus, run_json: RunJson) -> None:
+    fake.answer("Adapters.GetResidency", RESIDENCY)
+    residency = run_json("adapters", "residency", "--admin", fake.address)
+    [version] = residency["versions"]
+    assert (version["digest"], version["tier"], version["names"]) == (DIGEST, "device", [VERSION])
+    assert residency["totals"] == {
+        "rows_total": 1000,
+        "rows_used": 56,
+        "bytes_total": 1 << 20,
+        "bytes_used": 2048,
+        "kv_blocks_total": 64,
+        "kv_blocks_used": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("args", "method", "reply", "shown"),
+    [
+        (("list",), "ListAdapters", adapters_pb2.ListAdaptersResponse(adapters=[ADAPTER]), "live -> abababababab"),
+        (("list",), "ListAdapters", adapters_pb2.ListAdaptersResponse(), "no adapters"),
+        (("versions", NAME), "ListVersions", adapters_pb2.ListVersionsResponse(versions=[STORED]), f"{DIGEST}  LORA"),
+        (("pin", VERSION), "PinVersion", STORED, "LORA"),
+        (("unpin", VERSION), "UnpinVersion", STORED, "LORA"),
+        (("alias", NAME, "live", DIGEST), "SetAlias", ADAPTER, "live -> abababababab"),
+        (("delete", "acme/support"), "DeleteAdapter", adapters_pb2.DeleteAdapterResponse(), f"deleted {NAME}"),
+        (("residency",), "GetResidency", RESIDENCY, "56 of 1000 rank rows"),
+        (("residency",), "GetResidency", RESIDENCY, f"  {NAME}\n"),
+    ],
+)
+def test_people_get_it_in_words(
+    fake: FakeChorus, run: Run, *, args: tuple[str, ...], method: str, reply: Message, shown: str
+) -> None:
+    fake.answer(f"Adapters.{method}", reply)
+    result = run("adapters", *args, "--admin", fake.address)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert shown in result.stdout
+
+
+def test_brackets_in_a_name_are_shown_and_not_obeyed(fake: FakeChorus, run: Run) -> None:
+    odd = adapter_pb2.Adapter(name="[red]x[/red]")
+    fake.answer("Adapters.ListAdapters", adapters_pb2.ListAdaptersResponse(adapters=[odd]))
+    assert "[red]x[/red]" in run("adapters", "list", "--admin", fake.address).stdout
+
+
+def test_a_stale_etag_is_one_line(fake: FakeChorus, run: Run) -> None:
+    fake.answer("Adapters.SetAlias", error_status(grpc.StatusCode.ABORTED, "changed since", "STALE_ETAG"))
+    result = run("adapters", "alias", NAME, "live", DIGEST, "--etag", "old", "--admin", fake.address)
+    assert (result.exit_code, result.stderr) == (1, "chorus: ABORTED (STALE_ETAG): changed since\n")
