@@ -40,7 +40,7 @@ bench: setup
 # Installs nothing: runs with PYTHON as it finds it, on a machine with a CUDA device.
 gpu: export PYTHONPATH := protos:kernels:server:trainer
 gpu:
-	@$(PYTHON) benchmarks/require.py torch transformers peft safetensors pydantic pydantic_settings pytest hypothesis psutil
+	@$(PYTHON) benchmarks/require.py torch transformers peft safetensors pydantic yaml pytest hypothesis psutil
 	$(PYTHON) -m pytest -m gpu -p no:asyncio -o asyncio_mode= -o asyncio_default_fixture_loop_scope= -W ignore::pytest.PytestConfigWarning
 	$(PYTHON) benchmarks/engine.py --device cuda --json
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from chorus.adapters.kinds import LoweredAdapter, LowRankFactors
 from chorus.adapters.pool import AdapterPool, SlotSegment
-from chorus.adapters.residency import LoadOutcome, Residency
+from chorus.adapters.residency import LoadedHost, LoadOutcome, Residency
 from chorus.errors import ChorusError, FailedPrecondition
 from chorus.models.sites import Site
 
@@ -30,11 +30,11 @@ def make_pool(rows: int = 32) -> AdapterPool:
     return AdapterPool(SITES, rows=rows, device=torch.device("cpu"), dtype=torch.float32)
 
 
-def load_by_name(digest: str, path: str) -> LoweredAdapter:
+def load_by_name(digest: str, path: str) -> LoadedHost:
     """Paths are "RANK" or "bad"."""
     if path == "bad":
         raise FailedPrecondition("bad adapter")
-    return lowered(int(path))
+    return LoadedHost(lowered(int(path)), (("host", 0.5),))
 
 
 def settle(residency: Residency) -> list[LoadOutcome]:
@@ -57,11 +57,11 @@ def acquired(residency: Residency, digest: str, path: str = "8") -> int:
 def test_a_missing_version_is_loaded_off_the_step_thread_and_once() -> None:
     loading, release, calls = threading.Event(), threading.Event(), []
 
-    def load(digest: str, path: str) -> LoweredAdapter:
+    def load(digest: str, path: str) -> LoadedHost:
         calls.append(threading.current_thread().name)
         loading.set()
         assert release.wait(5)
-        return lowered(8)
+        return LoadedHost(lowered(8), (("host", 0.5),))
 
     residency = Residency(make_pool(), load)
     assert residency.acquire("a", "p") is None
@@ -86,7 +86,7 @@ def test_a_failed_load_is_told_and_can_be_tried_again() -> None:
 
 
 def test_a_bug_in_a_loader_does_not_show_its_text() -> None:
-    def load(digest: str, path: str) -> LoweredAdapter:
+    def load(digest: str, path: str) -> LoadedHost:
         raise KeyError("/secret/path")
 
     residency = Residency(make_pool(), load)
@@ -251,9 +251,9 @@ TestResidency.settings = settings(max_examples=40, stateful_step_count=30, deadl
 def test_closing_does_not_wait_for_loads() -> None:
     release = threading.Event()
 
-    def load(digest: str, path: str) -> LoweredAdapter:
+    def load(digest: str, path: str) -> LoadedHost:
         release.wait(5)
-        return lowered(8)
+        return LoadedHost(lowered(8), (("host", 0.5),))
 
     residency = Residency(make_pool(), load)
     residency.request("a", "p")

@@ -83,12 +83,12 @@ class Expected:
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
-        blocks=st.integers(2, 12),
-        block_size=st.integers(1, 4),
-        rows=st.integers(1, 5),
-        budget=st.integers(1, 12),
-        context=st.integers(4, 40),
-        queue=st.integers(1, 12),
+        blocks=st.integers(2, 10),
+        block_size=st.integers(1, 3),
+        rows=st.sampled_from([4, 3, 5, 2, 1]),
+        budget=st.integers(4, 12) | st.integers(1, 4),
+        context=st.sampled_from([40, 20, 4]),
+        queue=st.integers(4, 12) | st.integers(1, 4),
         slots=st.integers(1, 3),
     )
     def build(self, blocks: int, block_size: int, rows: int, budget: int, context: int, queue: int, slots: int) -> None:
@@ -108,19 +108,32 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.live: dict[int, Expected] = {}
 
     @rule(
-        prompt=st.integers(1, 12),
+        prompt=st.integers(1, 12) | st.integers(1, 3),
         sampling=st.builds(
             Sampling,
-            max_tokens=st.integers(1, 40),
+            max_tokens=st.integers(1, 40) | st.just(40),
             min_tokens=st.integers(0, 4),
             ignore_eos=st.booleans(),
             stop_token_ids=st.sampled_from([frozenset(), STOP_TOKENS]),
         ),
-        adapter=st.none() | st.sampled_from(ADAPTERS),
+        adapter=st.none() | st.none() | st.sampled_from(ADAPTERS),
         priority=st.integers(0, 2),
         patience=st.none() | st.none() | st.integers(0, 40),
+        copies=st.integers(1, 4),
     )
     def add(
+        self,
+        prompt: int,
+        sampling: Sampling,
+        adapter: AdapterRef | None,
+        priority: int,
+        patience: int | None,
+        copies: int,
+    ) -> None:
+        for _ in range(copies):
+            self._add(prompt, sampling, adapter, priority, patience)
+
+    def _add(
         self, prompt: int, sampling: Sampling, adapter: AdapterRef | None, priority: int, patience: int | None
     ) -> None:
         self.arrivals += 1

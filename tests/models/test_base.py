@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from chorus.errors import ChorusError, FailedPrecondition, InvalidArgument, NotFound
 from chorus.models.base import load_base
 from chorus.models.digest import base_digest

@@ -192,7 +192,7 @@ class Engine:
         self._counted = (self.residency.evictions, self.residency.hits)
         return m.StepStats(
             seconds=time.monotonic() - began,
-            rows=len(layout.token_ids),
+            rows=len(layout.rows),
             prompt_tokens=sum(max(min(c.start + c.count, len(c.seq.prompt)) - c.start, 0) for c in schedule.chunks),
             generated_tokens=len(layout.sampled),
             distinct_adapters=len(layout.slots),

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.logging import disable_progress_bar
 
 from chorus.errors import FailedPrecondition, InvalidArgument, NotFound
 from chorus.models import attention, embedded
@@ -73,6 +74,7 @@ def load_base(source: str | None, *, device: str, dtype: str, load_format: str =
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise FailedPrecondition("device: cuda was asked for, torch sees none", reason="NO_DEVICE")
+    disable_progress_bar()
     folder = _folder(source)
     with ThreadPoolExecutor(1) as beside:  # the weights are hashed while they are read
         digest = beside.submit(base_digest, folder, weights=load_format != "dummy")
@@ -155,7 +157,7 @@ def _module(folder: Path, config: Any, device: str, dtype: torch.dtype, load_for
             reason="BAD_MODEL",
         )
     try:
-        module, report = AutoModelForCausalLM.from_pretrained(
+        answer: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -167,6 +169,7 @@ def _module(folder: Path, config: Any, device: str, dtype: torch.dtype, load_for
         )
     except (ValueError, RuntimeError, OSError) as error:
         raise InvalidArgument(f"model: {folder} can not be read: {error}", reason="BAD_MODEL") from error
+    module, report = answer
     _check_complete(folder, report)
     loaded: PreTrainedModel = module.to(device).eval()
     return loaded
