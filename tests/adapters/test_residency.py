@@ -128,6 +128,39 @@ def test_held_and_pinned_versions_stay_and_the_newcomer_waits_on_the_host() -> N
     assert residency.acquire("new", "8") is not None
 
 
+def test_versions_in_constant_use_yield_to_one_that_waits() -> None:
+    """Two tenants always have a request running; a third one gets in all the same, and then they do again."""
+    residency = Residency(make_pool(rows=16), load_by_name, patience_turns=3)
+    for digest in "ab":
+        acquired(residency, digest)
+    served = {"a": 0, "b": 0, "c": 0}
+    held = {"a": True, "b": True, "c": False}
+    for _ in range(400):
+        settle(residency)
+        for digest in "abc":
+            if residency.acquire(digest, "8") is not None:  # the next request comes before the last one ends
+                served[digest] += 1
+                if held[digest]:
+                    residency.release(digest)
+                held[digest] = True
+            elif held[digest]:
+                residency.release(digest)
+                held[digest] = False
+    assert min(served.values()) > 50, served
+
+
+def test_small_versions_do_not_overtake_a_large_one_for_ever() -> None:
+    residency = Residency(make_pool(rows=16), load_by_name)
+    acquired(residency, "held")
+    residency.request("large", "16")
+    residency.request("small", "8")
+    settle(residency), settle(residency)
+    assert {r.digest: r.tier.value for r in residency.residents()}["small"] == "host"
+    residency.release("held")
+    settle(residency), settle(residency), settle(residency)
+    assert residency.on_device("large")
+
+
 def test_unloading_waits_for_the_last_reference() -> None:
     pool = make_pool()
     residency = Residency(pool, load_by_name)

@@ -184,7 +184,7 @@ class TestText:
         assert detokenizer.finish() == "\ufffd"
 
     def test_of_a_long_invalid_byte_run_has_one_replacement_per_byte(self) -> None:
-        ids = [*fallback_ids(b"\x80" * 30 + "😂".encode() * 20), *encode(BYTE_FALLBACK, "dog")]
+        ids = [*fallback_ids(b"\x80" * 32 + "😂".encode() * 20), *encode(BYTE_FALLBACK, "dog")]
         assert stream(Detokenizer(BYTE_FALLBACK, ()), one_by_one(ids)) == decode(BYTE_FALLBACK, ids)
 
     def test_of_the_first_token_comes_at_once(self) -> None:
@@ -196,11 +196,13 @@ class TestText:
         prompt, output = encode(METASPACE, "The quick"), encode(METASPACE, "brown")
         assert stream(Detokenizer(METASPACE, prompt), one_by_one(output)) == " brown"
         assert stream(Detokenizer(METASPACE, [*prompt, EOS, EOS]), one_by_one(output)) == " brown"
+        assert stream(Detokenizer(METASPACE, prompt), one_by_one([100_000, *output])) == " brown"
         assert stream(Detokenizer(METASPACE, [EOS]), one_by_one(output)) == "brown"
 
-    def test_does_not_repeat_a_prompt_that_ends_within_a_character(self) -> None:
-        prompt = byte_level_ids(b"abc\xf0\x9f")
-        assert stream(Detokenizer(BYTE_LEVEL, prompt), one_by_one(byte_level_ids(b"xyz"))) == "xyz"
+    @pytest.mark.parametrize("output", [b"xyz", b"\x98x", b"\x98\x82x"])
+    def test_owes_nothing_to_a_prompt_that_ends_within_a_character(self, output: bytes) -> None:
+        prompt, ids = byte_level_ids(b"abc\xf0\x9f"), byte_level_ids(output)
+        assert stream(Detokenizer(BYTE_LEVEL, prompt), one_by_one(ids)) == decode(BYTE_LEVEL, ids)
 
     def test_that_was_sent_survives_an_invalid_end_of_its_byte_run(self) -> None:
         letter, rest = fallback_ids(b"A"), [*fallback_ids(b"\xe2"), *encode(BYTE_FALLBACK, "dog")]
@@ -305,6 +307,9 @@ class TestStopStrings:
     def test_that_overlap_themselves_are_found(self) -> None:
         ids = byte_level_ids(b"aabaabaaab.")
         assert stream(Detokenizer(BYTE_LEVEL, (), ["aabaaab"]), one_by_one(ids)) == "aab"
+
+    def test_that_begin_within_the_first_min_tokens_are_found(self) -> None:
+        assert stream(Detokenizer(BYTE_LEVEL, (), ["aa"], 2), one_by_one(byte_level_ids(b"aaab"))) == "a"
 
     def test_are_released_when_the_stream_ends_before_them(self) -> None:
         detokenizer = Detokenizer(BYTE_LEVEL, (), ["###"])

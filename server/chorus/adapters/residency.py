@@ -4,7 +4,9 @@
                    └── failed: whoever waits is told                 └── waits here while the device has no room
 
 The step thread calls everything here; loader threads run `load` and nothing else. References are running requests; pins
-are the operator's. What has neither may be evicted, the least recently used first.
+are the operator's. What has neither may be evicted, the least recently used first. Whoever waits for room is served in
+order; when the first has waited long because all that is resident stays in use, the longest resident yields: it takes
+no new references, and leaves with its last one. So every version gets its turn, whatever the others' traffic.
 """
 
 import time
@@ -19,6 +21,8 @@ from chorus.adapters.pool import AdapterPool
 from chorus.errors import ChorusError, FailedPrecondition, InternalError
 
 LOADERS = 2
+# Turns that the first in line waits for room before a resident has to yield, and before each further one.
+PATIENCE_TURNS = 32
 
 
 class Tier(Enum):
@@ -56,6 +60,7 @@ class Resident:
     unwanted: bool = False
     hits: int = 0
     last_used: int = 0
+    yielding: bool = False
     kind: str = ""
     max_rank: int = 0
     rank_rows: int = 0
@@ -83,6 +88,7 @@ class Residency:
         on_ready: Callable[[], None] = lambda: None,
         executor: Executor | None = None,
         fresh_turns: int = 2,
+        patience_turns: int = PATIENCE_TURNS,
     ) -> None:
         self._pool = pool
         self._load = load
@@ -91,6 +97,8 @@ class Residency:
         self._residents: dict[str, Resident] = {}
         self._turn = 0
         self._fresh_turns = fresh_turns
+        self._patience_turns = patience_turns
+        self._turns_without_room = 0
         self.evictions = 0
         self.hits = 0
 
@@ -105,15 +113,18 @@ class Residency:
         return resident
 
     def acquire(self, digest: str, path: str) -> int | None:
-        """The version's slot, with a reference taken; None while it is not on the device (a load is under way)."""
+        """The version's slot, with a reference taken; None while it is not there (its load is under way) or yields."""
         resident = self.request(digest, path)
-        if resident.slot is None:
+        if resident.slot is None or resident.yielding:
             return None
         resident.refs += 1
-        resident.hits += 1
         resident.last_used = self._turn
-        self.hits += 1
         return resident.slot
+
+    def count_hit(self, digest: str) -> None:
+        """A request has started on a version that is on the device."""
+        self._residents[digest].hits += 1
+        self.hits += 1
 
     def release(self, digest: str) -> None:
         """Gives one reference back."""
@@ -145,13 +156,18 @@ class Residency:
         """Once a step: takes over what loaders finished and copies to the device what there is room for."""
         self._turn += 1
         outcomes = []
+        room = True
         for resident in [r for r in self._residents.values() if r.slot is None]:
             try:
-                if self._to_host(resident) and self._to_device(resident):
+                if not self._to_host(resident) or not room:
+                    continue
+                room = self._to_device(resident)
+                if room:
                     outcomes.append(LoadOutcome(resident.digest, None, tuple(resident.seconds)))
             except ChorusError as error:
                 del self._residents[resident.digest]
                 outcomes.append(LoadOutcome(resident.digest, error, tuple(resident.seconds)))
+        self._make_yield(has_room=room)
         return outcomes
 
     def on_device(self, digest: str) -> bool:
@@ -217,6 +233,19 @@ class Residency:
         resident.slot, resident.host, resident.last_used = slot, None, self._turn
         resident.seconds.append(("device", time.monotonic() - began))
         return True
+
+    def _make_yield(self, *, has_room: bool) -> None:
+        """One resident after the other, the longest there first, while the first in line finds no room."""
+        if has_room:
+            self._turns_without_room = 0
+            for resident in self._residents.values():
+                resident.yielding = False
+            return
+        self._turns_without_room += 1
+        if self._turns_without_room % self._patience_turns == 0:
+            staying = (r for r in self._residents.values() if r.slot is not None and not r.pinned and not r.yielding)
+            if resident := min(staying, key=lambda r: r.slot or 0, default=None):
+                resident.yielding = True
 
     def _victim(self) -> Resident | None:
         candidates = [

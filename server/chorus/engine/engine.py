@@ -85,6 +85,9 @@ class Engine:
         schedule = self.scheduler.schedule(began)
         events += [_failed(seq, DeadlineExceeded("the deadline passed")) for seq in schedule.expired]
         events += [m.Started(seq.request_id, began, seq.adapter_wait) for seq in schedule.started]
+        for seq in schedule.started:
+            if seq.adapter:
+                self.residency.count_hit(seq.adapter.digest)
         layout = lay_out(schedule.chunks)
         if schedule.chunks:
             events += self._run(schedule, layout)

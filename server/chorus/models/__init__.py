@@ -1,0 +1,1 @@
+"""Base models through transformers, with our attention and adapted linears."""

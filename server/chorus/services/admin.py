@@ -9,6 +9,7 @@ from chorus import failpoints
 from chorus.adapters.names import (
     LIVE,
     AdapterName,
+    check_digest,
     check_id,
     parse_adapter_name,
     parse_tenant_name,
@@ -99,6 +100,9 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
 
     async def SetAlias(self, request: adapters_pb2.SetAliasRequest, context: Context) -> adapter_pb2.Adapter:
         name = parse_adapter_name(request.name)
+        check_id(request.alias, "alias")
+        if request.digest:
+            check_digest(request.digest)
         adapter = await self._catalog.set_alias(name, request.alias, request.digest, request.etag)
         log.info("%s: alias %s -> %s", name, request.alias, request.digest or "none")
         return adapter
