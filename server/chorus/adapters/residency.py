@@ -11,12 +11,13 @@ no new references, and leaves with its last one. So every version gets its turn,
 
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
 from chorus.adapters.kinds import LoweredAdapter
+from chorus.adapters.loader_threads import LoaderThreads
 from chorus.adapters.pool import AdapterPool
 from chorus.errors import ChorusError, FailedPrecondition, InternalError
 
@@ -93,7 +94,7 @@ class Residency:
         self._pool = pool
         self._load = load
         self._on_ready = on_ready
-        self._executor = executor or ThreadPoolExecutor(LOADERS, thread_name_prefix="chorus-loader")
+        self._executor = executor or LoaderThreads(LOADERS)
         self._residents: dict[str, Resident] = {}
         self._turn = 0
         self._fresh_turns = fresh_turns
@@ -244,8 +245,8 @@ class Residency:
         self._turns_without_room += 1
         if self._turns_without_room % self._patience_turns == 0:
             staying = (r for r in self._residents.values() if r.slot is not None and not r.pinned and not r.yielding)
-            if resident := min(staying, key=lambda r: r.slot or 0, default=None):
-                resident.yielding = True
+            if longest := min(staying, key=lambda r: r.slot or 0, default=None):
+                longest.yielding = True
 
     def _victim(self) -> Resident | None:
         candidates = [
