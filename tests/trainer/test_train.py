@@ -195,7 +195,7 @@ def test_a_length_beyond_the_context_is_refused(changed: Change, tmp_path: Path)
         (lambda folder: (folder / "model.safetensors").unlink(), InvalidArgument, "safetensors"),
         (lambda folder: (folder / "tokenizer.json").unlink(), FailedPrecondition, "tokenizer"),
         (lambda folder: edit(folder, architectures=["LlamaModel"]), FailedPrecondition, "causal decoders"),
-        (lambda folder: edit(folder, num_hidden_layers=3), InvalidArgument, "no weight 'model.layers.2"),
+        (lambda folder: edit(folder, num_hidden_layers=3), InvalidArgument, "the first is model.layers.2"),
     ],
 )
 def test_a_bad_base_is_refused_in_one_line(

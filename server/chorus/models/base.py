@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -17,10 +16,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.logging import disable_progress_bar
 
-from chorus.errors import FailedPrecondition, InvalidArgument, NotFound
-from chorus.models import attention, embedded
+from chorus.errors import FailedPrecondition
+from chorus.models import attention
+from chorus.models.checkpoint import base_folder, read_config, read_module
 from chorus.models.digest import base_digest
 from chorus.models.facts import BaseFacts
 from chorus.models.families import Family, family_of
@@ -74,11 +73,10 @@ def load_base(source: str | None, *, device: str, dtype: str, load_format: str =
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise FailedPrecondition("device: cuda was asked for, torch sees none", reason="NO_DEVICE")
-    disable_progress_bar()
-    folder = _folder(source)
+    folder = base_folder(source)
     with ThreadPoolExecutor(1) as beside:  # the weights are hashed while they are read
         digest = beside.submit(base_digest, folder, weights=load_format != "dummy")
-        config = _config(folder)
+        config = read_config(folder)
         family = family_of(config)
         module = _module(folder, config, device, getattr(torch, dtype), load_format)
         name = source or "embedded"
@@ -107,42 +105,6 @@ def load_base(source: str | None, *, device: str, dtype: str, load_format: str =
     )
 
 
-def _folder(source: str | None) -> Path:
-    if source is None:
-        return embedded.path()
-    path = Path(source)
-    if path.is_dir():
-        return path
-    if path.is_absolute() or source.startswith((".", "~")):
-        raise NotFound(f"model: no folder {source}", reason="MODEL_NOT_FOUND")
-    return _from_hub(source)
-
-
-def _from_hub(repo_id: str) -> Path:
-    import huggingface_hub
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repo_id, allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
-            )
-        )
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        raise NotFound(
-            f"model: {repo_id!r} is no local folder, and the hub did not give it: {type(error).__name__}",
-            reason="MODEL_NOT_FOUND",
-        ) from error
-
-
-def _config(folder: Path) -> Any:
-    if not (folder / "config.json").is_file():
-        raise InvalidArgument(f"model: {folder} holds no config.json", reason="BAD_MODEL")
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise InvalidArgument(f"model: config.json of {folder} can not be read: {error}", reason="BAD_MODEL") from error
-
-
 def _module(folder: Path, config: Any, device: str, dtype: torch.dtype, load_format: str) -> PreTrainedModel:
     if load_format == "dummy":
         torch.manual_seed(DUMMY_SEED)
@@ -150,40 +112,9 @@ def _module(folder: Path, config: Any, device: str, dtype: torch.dtype, load_for
             dummy: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
         ready: PreTrainedModel = dummy.eval()
         return ready
-    if not any(folder.glob("*.safetensors")):
-        raise InvalidArgument(
-            f"model: {folder} holds no *.safetensors; other weight formats are not read "
-            "(--load-format dummy makes random weights)",
-            reason="BAD_MODEL",
-        )
-    try:
-        answer: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention.NAME,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (ValueError, RuntimeError, OSError) as error:
-        raise InvalidArgument(f"model: {folder} can not be read: {error}", reason="BAD_MODEL") from error
-    module, report = answer
-    _check_complete(folder, report)
-    loaded: PreTrainedModel = module.to(device).eval()
-    return loaded
-
-
-def _check_complete(folder: Path, report: dict[str, Any]) -> None:
-    """Refuses what transformers only warns of: tensors that the files lack or hold in another shape, then random."""
-    for what in ("missing_keys", "mismatched_keys"):
-        if wrong := sorted(str(key) for key in report.get(what, ())):
-            raise InvalidArgument(
-                f"model: the weights of {folder} do not fit its config.json: {len(wrong)} {what.replace('_', ' ')}, "
-                f"the first is {wrong[0]}",
-                reason="BAD_MODEL",
-            )
+    module: Any = read_module(folder, config, dtype, attention=attention.NAME)
+    moved: PreTrainedModel = module.to(device)
+    return moved
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:

@@ -3,24 +3,20 @@
 Knows folders, hub ids and what makes a base trainable here. Does not know adapters.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
 
-from chorus.errors import FailedPrecondition, InvalidArgument, NotFound
-from chorus.models import embedded
+from chorus.errors import FailedPrecondition
+from chorus.models.checkpoint import base_folder, read_config, read_module
 from chorus.models.digest import base_digest, tokenizer_digest
 
 EMBEDDED = "embedded"
-_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +44,11 @@ def load_base(source: str | None, device: torch.device, dtype: torch.dtype) -> B
         InvalidArgument: not a model that transformers can read from safetensors, or a weight is missing.
         FailedPrecondition: no causal decoder, no tokenizer, no end-of-sequence token.
     """
-    folder = embedded.path() if source is None else _folder(source)
-    config = _config(folder)
+    folder = base_folder(source)
+    config = read_config(folder)
+    _check_decoder(folder, config)
     tokenizer = _tokenizer(folder)
-    module = _module(folder, dtype)
+    module = read_module(folder, config, dtype)
     nn.Module.to(module, device).requires_grad_(False)
     eos = _eos(module, tokenizer)
     return Base(
@@ -72,31 +69,7 @@ def _public_name(source: str | None, folder: Path) -> str:
     return folder.resolve().name if Path(source).expanduser().is_dir() else source
 
 
-def _folder(source: str) -> Path:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or source.startswith((".", "~")):
-        raise NotFound(f"base: no folder {source}", reason="MODEL_NOT_FOUND", field="base")
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=_FILES))
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        raise NotFound(
-            f"base: {source!r} is no local folder, and the hub did not give it: {type(error).__name__}",
-            reason="MODEL_NOT_FOUND",
-            field="base",
-        ) from error
-
-
-def _config(folder: Path) -> Any:
-    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise InvalidArgument(f"base: {folder} must hold config.json and *.safetensors", reason="BAD_MODEL")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise InvalidArgument(f"base: config.json can not be read: {_first_line(error)}", reason="BAD_MODEL") from error
+def _check_decoder(folder: Path, config: Any) -> None:
     decoders = {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)}
     if not decoders & set(config.architectures or ()):
         raise FailedPrecondition(
@@ -104,26 +77,6 @@ def _config(folder: Path) -> Any:
             reason="UNSUPPORTED_MODEL",
             field="base",
         )
-    return config
-
-
-def _module(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        with _no_progress_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except (ValueError, RuntimeError, OSError) as error:
-        raise InvalidArgument(f"base: {folder} can not be read: {_first_line(error)}", reason="BAD_MODEL") from error
-    module: PreTrainedModel = loaded[0]
-    if missing := sorted(loaded[1]["missing_keys"]):
-        raise InvalidArgument(f"base: {folder} has no weight {missing[0]!r}", reason="BAD_MODEL", field="base")
-    return module
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -152,17 +105,6 @@ def _eos(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
             field="base",
         )
     return int(tokenizer.eos_token_id)
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:
