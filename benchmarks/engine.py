@@ -1,6 +1,6 @@
 """The engine's tokens/s on CPU beside transformers' `generate()` and peft's mixed batch, interleaved in one run.
 
-    python benchmarks/engine.py [--json] [--rounds 5] [--device cpu]
+    python benchmarks/engine.py [--json] [--rounds 3] [--device cpu]
 
 16 requests, 64 tokens in, 64 out, greedy, bf16, a 144M Llama shape; adapters of rank 16 on all seven linears. Each
 contestant is a process of its own with the same weights, and they take turns; ratios are of medians. Prints the
@@ -160,7 +160,7 @@ def measure(rounds: int, device: str) -> tuple[dict[str, list[float]], dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     wait_until_quiet()

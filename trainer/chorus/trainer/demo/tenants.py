@@ -14,7 +14,7 @@ from chorus.trainer.world.example import Example
 from chorus.trainer.world.tenants import TENANTS, Tenant, make_examples
 
 TRAIN_SEED, HELDOUT_SEED = 1, 2
-TRAIN_EXAMPLES, VALIDATION_EXAMPLES = 800, 32
+VALIDATION_EXAMPLES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,9 @@ def train_all(folder: Path, on_progress: Callable[[Tenant], OnProgress]) -> list
 
 def _config(folder: Path, tenant: Tenant) -> TrainConfig:
     recipe = yaml.safe_load((files("chorus.trainer.world") / "recipes" / f"{tenant}.yaml").read_text())
+    one_epoch = recipe["train"]["steps"] * recipe["train"]["batch_size"]
     sets = {
-        "train": make_examples(tenant, TRAIN_SEED, TRAIN_EXAMPLES),
+        "train": make_examples(tenant, TRAIN_SEED, one_epoch),
         "validation": make_examples(tenant, HELDOUT_SEED + 1, VALIDATION_EXAMPLES, "heldout"),
     }
     for name, rows in sets.items():
