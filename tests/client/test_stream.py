@@ -107,7 +107,20 @@ def test_text_is_none_without_a_tokenizer_and_the_model_is_asked_once(fake: Fake
 def test_text_is_empty_when_the_tokenizer_gave_none(fake: FakeChorus, client: Client) -> None:
     fake.answer("Inference.GetModel", model_pb2.Model(has_tokenizer=True))
     fake.answer("Inference.Generate", SILENT_END)
+    assert client.generate([1]).text == ""
+
+
+def test_a_text_that_was_taken_proves_a_tokenizer(fake: FakeChorus, client: Client) -> None:
+    fake.answer("Inference.Generate", SILENT_END)
     assert client.generate("hi").text == ""
+    assert not fake.calls_of("Inference.GetModel")
+
+
+def test_a_whole_answer_is_not_lost_when_the_server_takes_no_more_calls(fake: FakeChorus, client: Client) -> None:
+    fake.answer("Inference.Generate", SILENT_END)
+    fake.answer("Inference.GetModel", error_status(grpc.StatusCode.UNAVAILABLE, "draining", "DRAINING"))
+    result = client.generate([1])
+    assert (result.token_ids, result.text) == ((9,), None)
 
 
 def test_the_model_is_not_asked_when_text_came(fake: FakeChorus, client: Client) -> None:
@@ -117,6 +130,5 @@ def test_the_model_is_not_asked_when_text_came(fake: FakeChorus, client: Client)
 
 
 def test_the_base_model_has_no_version(fake: FakeChorus, client: Client) -> None:
-    fake.answer("Inference.GetModel", model_pb2.Model(has_tokenizer=True))
     fake.answer("Inference.Generate", SILENT_END)
     assert client.generate("hi").version == ""

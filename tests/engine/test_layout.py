@@ -27,6 +27,12 @@ def test_rows_lie_in_the_order_of_chunks_and_segments_cover_each_adapter_once() 
     assert layout.segments == (SlotSegment(1, 6, 0), SlotSegment(6, 9, 2))
 
 
+def test_chunks_in_any_order_give_one_segment_an_adapter() -> None:
+    layout = lay_out([chunk(slot, 3, 1) for slot in (1, -1, 0, 1, 0, 1)])
+    assert layout.segments == (SlotSegment(1, 3, 0), SlotSegment(3, 6, 1))
+    assert layout.sample_segments == layout.segments
+
+
 def test_lm_head_sees_the_last_row_of_chunks_that_sample_under_a_table_of_its_own() -> None:
     layout = lay_out([chunk(-1, 7, 1), chunk(0, 3, 1), chunk(0, 0, 4, samples=False), chunk(2, 2, 3)])
     assert layout.sample_rows == [0, 1, 8]

@@ -77,17 +77,36 @@ def test_packed_paged_attention_equals_dense_attention_per_sequence(
         torch.testing.assert_close(got[row.start : row.end].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_store_kv_equals_its_specification_and_stores_no_nan() -> None:
+def test_store_kv_equals_its_specification_and_stores_nothing_that_overflows() -> None:
     key, value = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
-    key[1, 0, 0], value[2, 1, 3] = float("nan"), float("inf")
+    key[1, 0, 0], value[2, 1, 3], key[2, 0, 1], value[0, 0, 0] = float("nan"), float("inf"), 3e38, -3e38
     slots = torch.tensor([9, 0, 6])
     caches = [(torch.zeros(3, BLOCK, 2, 4), torch.zeros(3, BLOCK, 2, 4)) for _ in range(2)]
     store_kv(key, value, *caches[0], slots)
     reference.store_kv(key, value, *caches[1], slots)
     for fast, spec in zip(*caches, strict=True):
-        assert fast.isfinite().all()
+        assert fast.abs().max() <= reference.KV_LIMIT
         assert torch.equal(fast, spec)
     assert torch.equal(caches[0][0][2, 1], key[0])
+
+
+@pytest.mark.parametrize("huge", [float("nan"), float("inf"), 3e38, -3e38])
+def test_keys_and_values_of_one_sequence_reach_no_other(huge: float) -> None:
+    """Neither through the page that pads a shorter table, nor through what a page's last owner left in it."""
+    caches = torch.zeros(4, BLOCK, 1, 8), torch.zeros(4, BLOCK, 1, 8)
+    poison = torch.full((2 * BLOCK, 1, 8), huge)
+    store_kv(poison, poison, *caches, torch.arange(2 * BLOCK))  # pages 0 and 1
+    rows = [AttentionRow(0, 1, 3, [1]), AttentionRow(1, 2, 2 * BLOCK, [2, 3])]
+    new, query = torch.randn(2, 1, 8), torch.randn(2, 2, 8)
+    outputs = []
+    for left_behind in (caches, (torch.zeros_like(caches[0]), torch.zeros_like(caches[1]))):
+        for cache in left_behind:
+            cache[1, :3] = 1.0
+        plan = AttentionPlan(rows, BLOCK, CPU)
+        store_kv(new, new, *left_behind, plan.slots)
+        outputs.append(paged_attention(query, *left_behind, plan, scale=1.0))
+    assert outputs[0].isfinite().all()
+    assert torch.equal(*outputs)
 
 
 def test_a_query_with_nan_reaches_no_other_sequence() -> None:

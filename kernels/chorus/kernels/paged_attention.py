@@ -48,7 +48,7 @@ class AttentionPlan:
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Writes row t's key and value to cache position slots[t]; see `reference.store_kv`."""
     for cache, new in ((k_cache, key), (v_cache, value)):
-        cache.flatten(0, 1).index_copy_(0, slots, torch.nan_to_num(new, nan=0.0, posinf=0.0, neginf=0.0))
+        cache.flatten(0, 1).index_copy_(0, slots, torch.where(new.abs() <= reference.KV_LIMIT, new, 0))
 
 
 def paged_attention(

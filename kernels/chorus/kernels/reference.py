@@ -11,6 +11,9 @@ from torch import Tensor
 
 from chorus.kernels.types import AttentionRow, LowRankSegment, RankPool
 
+KV_LIMIT = 1e30
+"""Larger keys and values are not kept: far over what any model means, and 1e8 under where a score overflows."""
+
 
 def low_rank(y: Tensor, x: Tensor, pool: RankPool, segments: Sequence[LowRankSegment]) -> Tensor:
     """y[t] += (mid_scale * (x[t] A^T)) B for each row t of each segment, A and B being that segment's rows of the pool.
@@ -29,13 +32,14 @@ def low_rank(y: Tensor, x: Tensor, pool: RankPool, segments: Sequence[LowRankSeg
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Writes row t's key and value, [T, H_kv, D] each, to cache position slots[t] (block * block_size + offset).
 
-    k_cache, v_cache [blocks, block_size, H_kv, D]. What is not finite is stored as 0: a masked position still enters
-    the sums as 0 * value, so a NaN left in a page would reach the page's next owner.
+    k_cache, v_cache [blocks, block_size, H_kv, D]. What is not finite or over KV_LIMIT is stored as 0: a masked
+    position still enters the sums, its score with -inf added, its value times 0. A NaN left in a page, or a key whose
+    score is +inf, would make NaN of the sums of the page's next owner, and of who pads a table with the page.
     """
     for t, slot in enumerate(slots.tolist()):
         block, offset = divmod(slot, k_cache.shape[1])
-        k_cache[block, offset] = torch.where(key[t].isfinite(), key[t], 0)
-        v_cache[block, offset] = torch.where(value[t].isfinite(), value[t], 0)
+        k_cache[block, offset] = torch.where(key[t].abs() <= KV_LIMIT, key[t], 0)
+        v_cache[block, offset] = torch.where(value[t].abs() <= KV_LIMIT, value[t], 0)
 
 
 def paged_attention(

@@ -3,10 +3,13 @@ that hangs on a slow disk must not keep the process from ending.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from queue import Empty, SimpleQueue
 from typing import ParamSpec, TypeVar
+
+SHUTDOWN_SECONDS = 0.5
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -17,7 +20,7 @@ class LoaderThreads(Executor):
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._started = 0
+        self._threads: list[threading.Thread] = []
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -33,20 +36,27 @@ class LoaderThreads(Executor):
                 future.set_exception(error)
 
         self._tasks.put(task)
-        if self._started < self._count:
-            self._started += 1
-            threading.Thread(target=self._run, name=f"chorus-loader-{self._started}", daemon=True).start()
+        if len(self._threads) < self._count:
+            thread = threading.Thread(target=self._run, name=f"chorus-loader-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Ends the threads when they are done with what they run; what has not begun is dropped. Never waits."""
+        """Drops what has not begun and ends the threads; waits half a second at most for what they run.
+
+        So none that is idle is left to be torn down with the interpreter.
+        """
         while True:
             try:
                 self._tasks.get_nowait()
             except Empty:
                 break
-        for _ in range(self._started):
+        for _ in self._threads:
             self._tasks.put(None)
+        ended = time.monotonic() + SHUTDOWN_SECONDS
+        for thread in self._threads:
+            thread.join(max(ended - time.monotonic(), 0))
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:

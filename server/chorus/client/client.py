@@ -91,7 +91,7 @@ class Client:
         return Stream(
             call,
             to_error=lambda error: to_chorus_error(error, self._server or "", seconds),
-            has_tokenizer=lambda: self.has_tokenizer,
+            has_tokenizer=lambda: isinstance(prompt, str) or self.has_tokenizer,
         )
 
     def generate(

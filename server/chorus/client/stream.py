@@ -106,7 +106,11 @@ class Stream:
     def _whole_text(self) -> str | None:
         # Text at all means a tokenizer; only an empty one needs to ask.
         text = "".join(self._text)
-        return text if text or self._has_tokenizer() else None
+        try:
+            return text if text or self._has_tokenizer() else None
+        except ChorusError:
+            # The answer is whole; a server that drains by now finishes streams but takes no questions.
+            return None
 
     def _refuse_incomplete(self) -> None:
         if self._last is None or not self._last.finish_reason:

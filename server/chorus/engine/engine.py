@@ -74,6 +74,11 @@ class Engine:
         """True while a step would run something; False when only a command or a finished load can bring work."""
         return self.scheduler.running > 0 or self.scheduler.waiting > self.scheduler.waiting_for_adapter
 
+    @property
+    def has_waiting(self) -> bool:
+        """True while time alone can bring work: a deadline, or room for an adapter that waits for it."""
+        return self.scheduler.waiting > 0 or any(r.slot is None for r in self.residency.residents())
+
     def step(self, commands: Iterable[m.Command]) -> m.StepEvents:
         """Takes the commands in, runs the base once over what the scheduler chose, tells what came of it."""
         began = time.monotonic()

@@ -33,7 +33,8 @@ class Layout(NamedTuple):
 
 
 def lay_out(chunks: Sequence[Chunk]) -> Layout:
-    """Lays the tokens of chunks, already sorted by adapter slot, out row by row."""
+    """Sorts chunks by adapter slot and lays their tokens out row by row; within an adapter they keep their order."""
+    chunks = sorted(chunks, key=lambda chunk: chunk.seq.slot)
     token_ids: list[int] = []
     positions: list[int] = []
     rows: list[AttentionRow] = []

@@ -10,7 +10,7 @@ from chorus.engine.messages import Command, StepEvents
 
 logger = logging.getLogger(__name__)
 
-# How long an engine without work sleeps before it looks at queued requests' deadlines again, seconds.
+# How long an engine without work sleeps before it looks again at deadlines and at room for adapters, seconds.
 _IDLE_WAIT = 0.05
 
 
@@ -65,7 +65,7 @@ class EngineThread:
         taken: list[Command | _Wake] = []
         try:
             if not self._engine.has_work:
-                taken.append(self._inbox.get(timeout=_IDLE_WAIT if self._engine.scheduler.waiting else None))
+                taken.append(self._inbox.get(timeout=_IDLE_WAIT if self._engine.has_waiting else None))
             while True:
                 taken.append(self._inbox.get_nowait())
         except queue.Empty:
