@@ -74,7 +74,7 @@ def chorus_contestant(folder: Path, device: str) -> tuple[Callable[[int], float]
 
     def memory_mb() -> dict[str, float]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        weights = sum(p.numel() * p.element_size() for p in base.module.parameters()) / 2**20
+        weights = base.facts.parameter_count * base.dtype.itemsize / 2**20
         return {"peak_rss_mb": peak, "weights_mb": weights, "rss_over_budgets_mb": peak - weights - KV_MB - ADAPTER_MB}
 
     return run, memory_mb

@@ -89,7 +89,7 @@ class _BatchedPiece:
         b = self.pool_rows.of_tensor(pool.b).view(n, r, -1)  # [n, r, N]
         scale = self.pool_rows.of_tensor(pool.mid_scale).view(n, 1, r)
         middle = torch.bmm(xs, a.transpose(1, 2)).mul_(scale)  # [n, m, r]
-        ys += torch.bmm(middle, b)
+        ys.baddbmm_(middle, b)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class _MaskedPiece:
         xs, ys = x.narrow(0, self.start, self.count), y.narrow(0, self.start, self.count)
         middle = torch.mm(xs, self.pool_rows.of_tensor(pool.a).T)  # [count, rank rows]
         middle.mul_(self.pool_rows.of_tensor(pool.mid_scale)).masked_fill_(self.foreign, 0)
-        ys += torch.mm(middle, self.pool_rows.of_tensor(pool.b))
+        ys.addmm_(middle, self.pool_rows.of_tensor(pool.b))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class _LongPiece:
     def add(self, y: Tensor, x: Tensor, pool: RankPool) -> None:
         xs, ys = x.narrow(0, self.start, self.count), y.narrow(0, self.start, self.count)
         middle = torch.mm(xs, self.pool_rows.of_tensor(pool.a).T).mul_(self.pool_rows.of_tensor(pool.mid_scale))
-        ys += torch.mm(middle, self.pool_rows.of_tensor(pool.b))
+        ys.addmm_(middle, self.pool_rows.of_tensor(pool.b))
 
 
 def _cut(segments: Sequence[LowRankSegment]) -> tuple[_Piece, ...]:

@@ -50,7 +50,7 @@ class Base:
     def weight(self, site: str) -> torch.Tensor | None:
         """The base's own weight at a site, as the module holds it; None where there is no such site."""
         linear = self.linears.get(site)
-        return None if linear is None else linear.weight.detach()
+        return None if linear is None else linear.base_weight()
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +93,8 @@ def load_base(source: str | None, *, device: str, dtype: str, load_format: str =
             sites=tuple(linear.site for linear in linears.values()),
             eos_token_ids=_eos(module, config, tokenizer),
         )
+    if module.device.type == "cpu" and module.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+        _pack(module, linears)
     heads = int(config.num_attention_heads)
     return Base(
         module=module,
@@ -136,6 +138,13 @@ def _adapt(module: PreTrainedModel, family: Family) -> dict[str, Adapted]:
     for name, linear in adapted.items():
         module.set_submodule(name, linear)
     return adapted
+
+
+def _pack(module: PreTrainedModel, linears: dict[str, Adapted]) -> None:
+    """Lays the linears' weights out for oneDNN, one after the other, so that only one is in memory twice."""
+    embedding = module.get_input_embeddings()
+    for linear in linears.values():
+        linear.pack(keep_weight=linear.weight is embedding.weight)
 
 
 def _site(name: str, linear: nn.Module, family: Family, is_lm_head: bool) -> Site:
