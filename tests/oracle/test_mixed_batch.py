@@ -100,3 +100,12 @@ def test_row_of_mixed_batch_equals_solo_run(world: World, every: int, kv_tokens:
     assert (got.preemptions > 0) == (kv_tokens == 128)
     assert (got.evictions > 0) == (adapter_rows == 72)
     assert engine.blocks.usage == 0
+
+
+@pytest.mark.gpu
+def test_row_of_mixed_batch_equals_solo_run_on_cuda(world: World) -> None:
+    engine = make_engine(world.base, device="cuda")
+    got = run(engine, {i: [world.submit(i)] for i in range(len(world.requests))})
+    for i, expected in enumerate(world.expected):
+        assert got.tokens[i] == expected, f"request {i} ({world.requests[i][0]})"
+    assert got.most_adapters > 1

@@ -37,13 +37,14 @@ def make_engine(
     max_rank: int = 64,
     max_rows: int = 16,
     max_step_tokens: int = 24,
+    device: str = "cpu",
 ) -> Engine:
-    """An fp32 engine on CPU whose prefills take several chunks."""
+    """An fp32 engine whose prefills take several chunks."""
     memory = MemoryPlan(
         kv_blocks=kv_blocks, block_size=block_size, kv_bytes=0, adapter_rows=adapter_rows, context_length=256
     )
     return Engine(
-        load_base(str(base), device="cpu", dtype="float32"),
+        load_base(str(base), device=device, dtype="float32"),
         memory,
         max_rank=max_rank,
         max_rows=max_rows,
