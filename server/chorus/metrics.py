@@ -62,7 +62,8 @@ class Metrics:
     ) -> None:
         """`since_last_s` is None for a request's first tokens."""
         self._generation_tokens.inc(count)
-        self._tenant_tokens.labels(self._tenant_label(tenant)).inc(count)
+        known = tenant is None or tenant in self._tenants  # the last adapter may have gone while the stream runs
+        self._tenant_tokens.labels(self._tenant_label(tenant) if known else OTHER_TENANT).inc(count)
         if since_last_s is None:
             self._first_token.observe(since_arrival_s)
         else:
@@ -157,12 +158,16 @@ class Metrics:
         self._kv_usage = self._gauge("chorus_kv_cache_usage_ratio", "Share of the KV blocks in use, 0 to 1.")
         self._pool_usage = self._gauge("chorus_adapter_pool_usage_ratio", "Share of the rank rows in use, 0 to 1.")
         self._resident = self._gauge("chorus_adapters_resident", "Adapter versions in memory.", "tier")
+        for tier in ("device", "host"):
+            self._resident.labels(tier)
         self._pinned = self._gauge("chorus_adapter_pinned", "Pinned adapter versions.")
 
     def _engine_counters(self) -> None:
         self._preemptions = self._counter("chorus_preemptions_total", "Requests preempted for lack of KV blocks.")
         self._evictions = self._counter("chorus_adapter_evictions_total", "Versions evicted.", "tier")
         self._hits = self._counter("chorus_adapter_hits_total", "Requests that found their version.", "tier")
+        for counter in (self._evictions, self._hits):
+            counter.labels("device")
         self._steps = self._counter("chorus_engine_steps_total", "Forward passes.")
         self._step_seconds = self._histogram("chorus_step_seconds", "Length of an engine step.", STEP_BUCKETS)
         self._step_rows = self._histogram("chorus_step_rows", "Requests in a step.", COUNT_BUCKETS)

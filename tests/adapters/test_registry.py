@@ -1,6 +1,7 @@
 """The registry's promises, one by one; `test_registry_machine` checks them in any order, with restarts."""
 
 import errno
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -338,6 +339,18 @@ def test_damaged_file_stops_the_start_by_name(content: bytes, tmp_path: Path) ->
     for _ in range(2):  # and does not keep the lock
         with pytest.raises(DataLoss, match=r"acme/router\.json"):
             Registry(tmp_path / "registry")
+
+
+def test_the_base_of_a_version_is_kept_and_older_files_have_none(registry: Registry, tmp_path: Path) -> None:
+    registry.create_version(A, version(D1, base_digest=D3), "live")
+    assert reopened(registry, tmp_path).of_other_bases(D2) == {D1}
+    path = tmp_path / "registry" / "acme" / "router.json"
+    content = json.loads(path.read_bytes())
+    del content["versions"][0]["base_digest"]
+    path.write_text(json.dumps(content))
+    again = reopened(registry, tmp_path)
+    assert again.get(A).versions[0].base_digest == ""
+    assert again.of_other_bases(D2) == frozenset()
 
 
 def test_file_under_another_name_stops_the_start(registry: Registry, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from chorus.adapters.kinds import LoweredAdapter, LowRankFactors
 from chorus.adapters.pool import AdapterPool, SlotSegment
 from chorus.adapters.residency import LoadedHost, LoadOutcome, Residency
-from chorus.errors import ChorusError, FailedPrecondition
+from chorus.errors import ChorusError, FailedPrecondition, ResourceExhausted
 from chorus.models.sites import Site
 
 SITES = {name: Site(name, 4, 6) for name in ("q", "v")}
@@ -85,7 +85,7 @@ def test_a_failed_load_is_told_and_can_be_tried_again() -> None:
     assert acquired(residency, "a", "8") is not None
 
 
-def test_a_bug_in_a_loader_does_not_show_its_text() -> None:
+def test_a_bug_in_a_loader_does_not_show_its_text_but_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     def load(digest: str, path: str) -> LoadedHost:
         raise KeyError("/secret/path")
 
@@ -95,6 +95,9 @@ def test_a_bug_in_a_loader_does_not_show_its_text() -> None:
     assert outcome.error is not None
     assert outcome.error.code == "INTERNAL"
     assert "secret" not in outcome.error.message
+    incident = outcome.error.message.rsplit(" ", 1)[1]
+    assert f"incident {incident}" in caplog.text
+    assert "/secret/path" in caplog.text
 
 
 def test_the_least_recently_used_free_version_makes_room() -> None:
@@ -150,7 +153,7 @@ def test_versions_in_constant_use_yield_to_one_that_waits() -> None:
 
 
 def test_small_versions_do_not_overtake_a_large_one_for_ever() -> None:
-    residency = Residency(make_pool(rows=16), load_by_name)
+    residency = Residency(make_pool(rows=16), load_by_name, executor=InlineExecutor())
     acquired(residency, "held")
     residency.request("large", "16")
     residency.request("small", "8")
@@ -220,6 +223,29 @@ class InlineExecutor(Executor):
         except ChorusError as error:
             future.set_exception(error)
         return future
+
+
+def test_what_nobody_asks_for_any_more_leaves_the_line() -> None:
+    residency = Residency(make_pool(rows=16), load_by_name, executor=InlineExecutor(), forget_turns=5)
+    residency.pin("held", "8")
+    residency.advance()
+    residency.request("abandoned", "16")
+    residency.pin("pinned", "16")
+    outcomes = []
+    for _ in range(10):
+        assert residency.acquire("wanted", "8") is None
+        outcomes += residency.advance()
+    assert {r.digest for r in residency.residents()} == {"held", "pinned", "wanted"}
+    ((digest, error, _),) = outcomes
+    assert digest == "abandoned"
+    assert isinstance(error, ResourceExhausted)
+    assert (error.reason, error.retry_after_s) == ("NO_ADAPTER_ROOM", 1.0)
+    residency.unpin("pinned")
+    residency.request("wanted", "8")
+    outcomes = residency.advance()
+    assert [(o.digest, o.error is None) for o in outcomes] == [("pinned", False)]
+    residency.request("wanted", "8")
+    assert [(o.digest, o.error) for o in residency.advance()] == [("wanted", None)]
 
 
 class ResidencyMachine(RuleBasedStateMachine):

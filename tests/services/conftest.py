@@ -10,6 +10,7 @@ from grpc_health.v1 import health_pb2_grpc
 
 from chorus.admin.v1 import adapters_pb2_grpc
 from chorus.config import ServerConfig
+from chorus.models.facts import BaseFacts
 from chorus.services.assembly import ChorusServer, ServedBase
 from chorus.v1 import inference_pb2_grpc
 from services.fakes import FACTS, SITE, FakeEngine, byte_tokenizer
@@ -18,10 +19,10 @@ from services.harness import MakeRig, Rig
 
 @pytest.fixture
 async def make_rig(tmp_path: Path) -> AsyncIterator[MakeRig]:
-    """Starts servers; keyword arguments go into the configuration, `tokenizer=False` leaves it out."""
+    """Starts servers; keyword arguments go into the configuration, but for `tokenizer` (False: none) and `facts`."""
     rigs: list[Rig] = []
 
-    async def make(*, tokenizer: bool = True, **settings: Any) -> Rig:
+    async def make(*, tokenizer: bool = True, facts: BaseFacts = FACTS, **settings: Any) -> Rig:
         defaults: dict[str, Any] = {
             "port": 0,
             "admin_port": 0,
@@ -36,7 +37,7 @@ async def make_rig(tmp_path: Path) -> AsyncIterator[MakeRig]:
             engines.append(FakeEngine(*callbacks))
             return engines[0]
 
-        base = ServedBase(FACTS, byte_tokenizer() if tokenizer else None, {SITE.name: SITE})
+        base = ServedBase(facts, byte_tokenizer() if tokenizer else None, {SITE.name: SITE})
         server = ChorusServer(config, base, make_engine)
         try:
             endpoints = await server.start()

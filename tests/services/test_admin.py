@@ -1,6 +1,7 @@
 """Publishing and operating: what is stored, what is refused, and that nothing is left of what fails."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from chorus.admin.v1 import adapters_pb2
 from chorus.engine.messages import LoadFailed, Pin, ResidentAdapter, Submit, Unload, Unpin
 from chorus.services import admin
 from chorus.v1 import generate_pb2
-from services.fakes import lora_files, never_ends, upload
+from services.fakes import FACTS, lora_files, never_ends, upload
 from services.harness import MakeRig, Rig, refused, until
 
 X = "tenants/a/adapters/x"
@@ -181,6 +182,26 @@ async def test_pinned_version_is_pinned_again_after_a_restart(rig: Rig, make_rig
     unpinned = await after.admin.UnpinVersion(adapters_pb2.UnpinVersionRequest(name=version.name))
     assert not unpinned.pinned
     assert Unpin(version.digest) in after.engine.commands
+
+
+async def test_version_of_another_base_is_refused_with_both_names(
+    rig: Rig, make_rig: MakeRig, caplog: pytest.LogCaptureFixture
+) -> None:
+    version = (await rig.publish(X)).version
+    await rig.admin.PinVersion(adapters_pb2.PinVersionRequest(name=version.name))
+    await rig.server.close()
+    after = await make_rig(facts=replace(FACTS, digest="1" * 64))
+    for call in (
+        after.generate(adapter=X),
+        after.admin.PrefetchVersion(adapters_pb2.PrefetchVersionRequest(name=version.name)),
+    ):
+        seen = await refused(call)
+        assert (seen.code, seen.reason) == ("FAILED_PRECONDITION", "BASE_MISMATCH")
+        assert "0" * 12 in seen.message
+        assert "1" * 12 in seen.message
+    assert not after.engine.commands
+    assert f"version {version.digest} is not pinned again" in caplog.text
+    await after.admin.DeleteAdapter(adapters_pb2.DeleteAdapterRequest(name=X))
 
 
 async def test_pin_that_fails_is_not_remembered(rig: Rig) -> None:

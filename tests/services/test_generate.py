@@ -71,6 +71,19 @@ async def test_stop_string_ends_the_stream_and_aborts_the_engine(rig: Rig) -> No
     assert sum(len(m.token_ids) for m in messages) == len("one STOP")
 
 
+async def test_token_that_ends_the_answer_has_no_text(rig: Rig) -> None:
+    def reply(submit: Submit, engine: FakeEngine) -> Iterator[Event | float]:
+        yield Started(submit.request_id, time.monotonic(), 0.0)
+        yield Tokens(submit.request_id, (ord("a"),))
+        yield Tokens(submit.request_id, (ord("!"),), FinishReason.STOP)
+
+    rig.engine.reply = reply
+    messages = await rig.generate(sampling=generate_pb2.SamplingParams(stop_token_ids=[ord("!")]))
+    assert "".join(m.text for m in messages) == "a"
+    assert [t for m in messages for t in m.token_ids] == [*b"a!"]
+    assert messages[-1].usage.completion_tokens == 2
+
+
 async def test_running_into_the_limit_is_told(rig: Rig) -> None:
     rig.engine.reply = says("cut", finish=FinishReason.LENGTH)
     messages = await rig.generate()

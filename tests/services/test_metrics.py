@@ -14,6 +14,9 @@ from chorus.v1 import generate_pb2
 from services.fakes import never_ends, says
 from services.harness import Rig, refused, until
 
+# Straight to the loopback address, whatever proxy the environment names.
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 TABLE = """
@@ -31,7 +34,7 @@ async def scrape(rig: Rig) -> Samples:
     url = f"http://127.0.0.1:{rig.endpoints.metrics_port}/metrics"
 
     def get() -> str:
-        with urllib.request.urlopen(url, timeout=5) as response:
+        with OPENER.open(url, timeout=5) as response:
             return str(response.read().decode())
 
     return parse(await to_thread(get))
@@ -130,6 +133,24 @@ def test_ten_thousand_tenants_keep_the_page_small() -> None:
     tenants = {labels for name, labels in samples if name == "chorus_tenant_requests_total"}
     assert len(tenants) == MAX_TENANTS + 1
     assert samples["chorus_tenant_requests_total", (("tenant", "other"),)] == 10_000 - MAX_TENANTS
+
+
+def test_an_idle_server_has_its_series_at_zero() -> None:
+    samples = parse(generate_latest(Metrics().registry).decode())
+    for tier in ("device", "host"):
+        assert samples["chorus_adapters_resident", (("tier", tier),)] == 0
+    for name in ("chorus_adapter_evictions_total", "chorus_adapter_hits_total"):
+        assert samples[name, (("tier", "device"),)] == 0
+
+
+def test_late_tokens_of_a_tenant_that_is_gone_count_as_others() -> None:
+    metrics = Metrics()
+    metrics.request_arrived("tenant-1", 1)
+    metrics.forget_tenant("tenant-1")
+    metrics.tokens_arrived("tenant-1", 3, 0.1, None)
+    samples = parse(generate_latest(metrics.registry).decode())
+    tokens = {labels: value for (name, labels), value in samples.items() if name == "chorus_tenant_tokens_total"}
+    assert tokens == {(("tenant", "other"),): 3}
 
 
 @pytest.mark.parametrize("gone", ["tenant-1", "tenant-unknown"])

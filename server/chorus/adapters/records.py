@@ -20,6 +20,7 @@ class VersionRecord:
     """One immutable version, but for `pinned`. Times are seconds since 1970; sizes are bytes of the tensors as stored.
 
     `task` and `metrics` come from the task card. `request_id` is that of the upload that made the version, or "".
+    `base_digest` is the base it was made for, "" in records of servers that did not keep it.
     """
 
     digest: str
@@ -32,6 +33,7 @@ class VersionRecord:
     task: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     request_id: str = ""
+    base_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,6 +148,16 @@ class Registry:
                 version.digest for record in self._adapters.values() for version in record.versions if version.pinned
             )
 
+    def of_other_bases(self, base_digest: str) -> frozenset[str]:
+        """The content of versions that are known to be made for another base than this one."""
+        with self._lock:
+            return frozenset(
+                version.digest
+                for record in self._adapters.values()
+                for version in record.versions
+                if version.base_digest not in ("", base_digest)
+            )
+
     # Leases
 
     def lease(self, digest: str) -> Lease:

@@ -6,10 +6,13 @@
 The step thread calls everything here; loader threads run `load` and nothing else. References are running requests; pins
 are the operator's. What has neither may be evicted, the least recently used first. Whoever waits for room is served in
 order; when the first has waited long because all that is resident stays in use, the longest resident yields: it takes
-no new references, and leaves with its last one. So every version gets its turn, whatever the others' traffic.
+no new references, and leaves with its last one. So every version gets its turn, whatever the others' traffic. What
+nobody has asked for in a long time leaves the line.
 """
 
+import logging
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field
@@ -19,11 +22,16 @@ from typing import NamedTuple
 from chorus.adapters.kinds import LoweredAdapter
 from chorus.adapters.loader_threads import LoaderThreads
 from chorus.adapters.pool import AdapterPool
-from chorus.errors import ChorusError, FailedPrecondition, InternalError
+from chorus.errors import ChorusError, FailedPrecondition, InternalError, ResourceExhausted
+
+logger = logging.getLogger(__name__)
 
 LOADERS = 2
 # Turns that the first in line waits for room before a resident has to yield, and before each further one.
 PATIENCE_TURNS = 32
+# Turns after which a version that waits for room, and that nobody asks for any more, leaves the line.
+FORGET_TURNS = 512
+ROOM_RETRY_S = 1.0
 
 
 class Tier(Enum):
@@ -61,6 +69,7 @@ class Resident:
     unwanted: bool = False
     hits: int = 0
     last_used: int = 0
+    wanted_at: int = 0
     yielding: bool = False
     kind: str = ""
     max_rank: int = 0
@@ -78,7 +87,8 @@ class Residency:
 
     `load(digest, path)` runs on a loader thread and returns the adapter, or raises a ChorusError; `on_ready` is
     called there when a load has ended and `advance` has something to do. `fresh_turns` keeps a version that just
-    arrived from being evicted before the scheduler could take it.
+    arrived from being evicted before the scheduler could take it; `forget_turns` is how long one that waits for room
+    stays in line without being asked for.
     """
 
     def __init__(
@@ -90,6 +100,7 @@ class Residency:
         executor: Executor | None = None,
         fresh_turns: int = 2,
         patience_turns: int = PATIENCE_TURNS,
+        forget_turns: int = FORGET_TURNS,
     ) -> None:
         self._pool = pool
         self._load = load
@@ -99,6 +110,7 @@ class Residency:
         self._turn = 0
         self._fresh_turns = fresh_turns
         self._patience_turns = patience_turns
+        self._forget_turns = forget_turns
         self._turns_without_room = 0
         self.evictions = 0
         self.hits = 0
@@ -111,6 +123,7 @@ class Residency:
             resident = self._residents[digest] = Resident(digest, path, future)
             future.add_done_callback(lambda _: self._on_ready())
         resident.unwanted = False
+        resident.wanted_at = self._turn
         return resident
 
     def acquire(self, digest: str, path: str) -> int | None:
@@ -123,7 +136,7 @@ class Residency:
         return resident.slot
 
     def count_hit(self, digest: str) -> None:
-        """A request has started on a version that is on the device."""
+        """A request has started on a version that it found on the device."""
         self._residents[digest].hits += 1
         self.hits += 1
 
@@ -168,6 +181,7 @@ class Residency:
             except ChorusError as error:
                 del self._residents[resident.digest]
                 outcomes.append(LoadOutcome(resident.digest, error, tuple(resident.seconds)))
+        outcomes += self._forget()
         self._make_yield(has_room=room)
         return outcomes
 
@@ -207,7 +221,9 @@ class Residency:
         except ChorusError:
             raise
         except Exception as error:
-            raise InternalError(f"adapter {resident.digest[:12]} could not be loaded") from error
+            incident = uuid.uuid4().hex[:12]
+            logger.error("adapter %s could not be loaded, incident %s", resident.digest, incident, exc_info=error)
+            raise InternalError(f"adapter {resident.digest[:12]} could not be loaded; incident {incident}") from error
         resident.seconds += stages
         resident.kind = resident.host.kind
         resident.max_rank = resident.host.max_rank
@@ -234,6 +250,24 @@ class Residency:
         resident.slot, resident.host, resident.last_used = slot, None, self._turn
         resident.seconds.append(("device", time.monotonic() - began))
         return True
+
+    def _forget(self) -> list[LoadOutcome]:
+        """Drops what waits for room and was not asked for in the last `forget_turns` turns; who still waits is told."""
+        forgotten = [
+            r
+            for r in self._residents.values()
+            if r.slot is None and r.loading is None and not r.pinned and self._turn - r.wanted_at > self._forget_turns
+        ]
+        outcomes = []
+        for resident in forgotten:
+            self._drop(resident)
+            error = ResourceExhausted(
+                f"the device had no room for adapter {resident.digest[:12]}; try again",
+                reason="NO_ADAPTER_ROOM",
+                retry_after_s=ROOM_RETRY_S,
+            )
+            outcomes.append(LoadOutcome(resident.digest, error, tuple(resident.seconds)))
+        return outcomes
 
     def _make_yield(self, *, has_room: bool) -> None:
         """One resident after the other, the longest there first, while the first in line finds no room."""

@@ -91,7 +91,7 @@ class Engine:
         events += [_failed(seq, DeadlineExceeded("the deadline passed")) for seq in schedule.expired]
         events += [m.Started(seq.request_id, began, seq.adapter_wait) for seq in schedule.started]
         for seq in schedule.started:
-            if seq.adapter:
+            if seq.adapter and seq.adapter_wait == 0:
                 self.residency.count_hit(seq.adapter.digest)
         layout = lay_out(schedule.chunks)
         if schedule.chunks:
@@ -176,7 +176,7 @@ class Engine:
         if error is None:
             events.append(m.Loaded(outcome.digest, outcome.seconds_by_stage))
             return
-        events.append(m.LoadFailed(outcome.digest, error.code, error.reason, error.message))
+        events.append(m.LoadFailed(outcome.digest, error.code, error.reason, error.message, error.retry_after_s))
         events += [_failed(seq, error) for seq in self.scheduler.fail_adapter(outcome.digest)]
 
     def _residency_report(self, query_id: int) -> m.ResidencyReport:

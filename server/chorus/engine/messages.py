@@ -143,6 +143,7 @@ class LoadFailed:
     code: str
     reason: str
     message: str
+    retry_after_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

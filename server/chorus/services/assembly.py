@@ -106,7 +106,7 @@ class ChorusServer:
         """Brings everything up; health says SERVING when it returns. Raises what `serve` raises; then `close`."""
         config, facts = self._config, self._served.facts
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        catalog = await asyncio.to_thread(Catalog, config.state_dir)
+        catalog = await asyncio.to_thread(Catalog, config.state_dir, facts.digest)
         self._closers.callback(catalog.close)
         engine = self._make_engine(self._on_events, self._on_death)
         self._front_end = EngineFrontEnd(

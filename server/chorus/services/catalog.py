@@ -17,6 +17,7 @@ from chorus.adapters.names import AdapterName, parse_name
 from chorus.adapters.records import AdapterRecord, VersionRecord
 from chorus.adapters.registry import Lease, Registry
 from chorus.engine.messages import AdapterRef
+from chorus.errors import FailedPrecondition
 from chorus.services.identity import Tenant
 from chorus.services.resources import adapter_message, version_message
 from chorus.services.uploads import CheckedUpload
@@ -37,13 +38,15 @@ class Leased:
 class Catalog:
     """The registry and the blobs under a state folder. Opening it sweeps what a crash has left.
 
+    `base_digest` is the running base's: versions made for another one are listed, but not served.
     `on_removed(digest)` is called, on any thread, when the last that needed a content is gone.
 
     Raises:
         ChorusError: the registry is held by another process or is damaged; the disk is full.
     """
 
-    def __init__(self, state_dir: Path) -> None:
+    def __init__(self, state_dir: Path, base_digest: str) -> None:
+        self._base_digest = base_digest
         self.on_removed: Callable[[str], None] = lambda digest: None
         self._blobs = BlobStore(state_dir / "blobs")
         self._registry = Registry(state_dir / "registry", on_unreferenced=self._unreferenced)
@@ -65,7 +68,7 @@ class Catalog:
         Raises:
             InvalidArgument: not a name.
             NotFound: unknown adapter, alias or version.
-            FailedPrecondition: the adapter has no live version.
+            FailedPrecondition: the adapter has no live version; the version is made for another base.
         """
         if not adapter:
             yield Leased(None, "", caller.id)
@@ -79,6 +82,7 @@ class Catalog:
         """The version that a name means, kept until the end of the block. Raises NotFound, FailedPrecondition."""
         version, lease = self._registry.hold(name)
         try:
+            self._check_base(version)
             yield AdapterRef(version.digest, str(self._blobs.path(version.digest)))
         finally:
             self._release(lease)
@@ -98,7 +102,12 @@ class Catalog:
         return digest in self._registry.pinned()
 
     def pinned(self) -> list[AdapterRef]:
-        return [AdapterRef(digest, str(self._blobs.path(digest))) for digest in sorted(self._registry.pinned())]
+        """What is pinned and made for the running base; the rest is logged."""
+        pinned = self._registry.pinned()
+        others = pinned & self._registry.of_other_bases(self._base_digest)
+        for digest in sorted(others):
+            log.warning("version %s is not pinned again: it is made for another base", digest)
+        return [AdapterRef(digest, str(self._blobs.path(digest))) for digest in sorted(pinned - others)]
 
     async def adapters(self, tenant: str | None, size: int, token: str) -> tuple[list[adapter_pb2.Adapter], str]:
         """One page of a tenant's adapters, of all where None, and the next page's token."""
@@ -146,6 +155,7 @@ class Catalog:
             task=upload.task,
             metrics=upload.metrics,
             request_id=request_id,
+            base_digest=self._base_digest,
         )
         failpoints.hit("publish.checked")
         with self._registry.lease(upload.digest):
@@ -154,6 +164,15 @@ class Catalog:
             created = self._registry.create_version(name, version, alias or None)
         failpoints.hit("publish.recorded")
         return created
+
+    def _check_base(self, version: VersionRecord) -> None:
+        """Raises FailedPrecondition for a version that is known to be made for another base."""
+        if version.base_digest not in ("", self._base_digest):
+            raise FailedPrecondition(
+                f"this version is made for the base {version.base_digest[:12]}, this server runs "
+                f"{self._base_digest[:12]}; serve that base, or train and upload the adapter for this one",
+                reason="BASE_MISMATCH",
+            )
 
     def _release(self, lease: Lease) -> None:
         """The last lease of a deleted version removes its files, which is not for the event loop."""

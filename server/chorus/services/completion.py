@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Sequence
 from google.protobuf.duration_pb2 import Duration
 
 from chorus.engine.messages import FinishReason
-from chorus.models.facts import BaseFacts
 from chorus.services.detokenizer import Detokenizer
 from chorus.services.streams import TokenBatch, TokenStream
 from chorus.services.text import TextCodec
@@ -29,7 +28,6 @@ class Completion:
         prompt: Sequence[int],
         *,
         text: TextCodec,
-        facts: BaseFacts,
         stop: Sequence[str],
         min_tokens: int,
         version_name: str,
@@ -38,7 +36,6 @@ class Completion:
         self._prompt_tokens = len(prompt)
         self._completion_tokens = 0
         self._version_name = version_name
-        self._eos = facts.eos_token_ids
         self._detokenizer = (
             Detokenizer(text.tokenizer, prompt, stop, min_tokens) if text.tokenizer is not None else None
         )
@@ -73,9 +70,8 @@ class Completion:
         return generate_pb2.GenerateResponse(token_ids=token_ids, text=text), finish
 
     def _visible(self, batch: TokenBatch) -> list[int]:
-        """The tokens that have text: all but an end-of-sequence token at the end."""
-        ended = batch.finish is FinishReason.STOP and batch.token_ids and batch.token_ids[-1] in self._eos
-        return list(batch.token_ids[:-1] if ended else batch.token_ids)
+        """The tokens that have text: all but the one that ended it, end-of-sequence or one of `stop_token_ids`."""
+        return list(batch.token_ids[:-1] if batch.finish is FinishReason.STOP else batch.token_ids)
 
     def _sum_up(self, message: generate_pb2.GenerateResponse, finish: FinishReason) -> None:
         now = time.monotonic()

@@ -166,7 +166,7 @@ class EngineFrontEnd:
                     future.set_result(event)
             case LoadFailed():
                 for future in _open(self._loads.pop(event.digest, ())):
-                    future.set_exception(_error(event.code, event.reason, event.message))
+                    future.set_exception(_error(event.code, event.reason, event.message, event.retry_after_s))
             case ResidencyReport():
                 for report in _open(filter(None, [self._reports.get(event.query_id)])):
                     report.set_result(event)

@@ -64,7 +64,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     stream,
                     prompt,
                     text=self._text,
-                    facts=self._facts,
                     stop=wish.stop,
                     min_tokens=sampling.min_tokens,
                     version_name=leased.version_name,
