@@ -32,6 +32,7 @@ PATIENCE_TURNS = 32
 # Turns after which a version that waits for room, and that nobody asks for any more, leaves the line.
 FORGET_TURNS = 512
 ROOM_RETRY_S = 1.0
+NO_ADAPTER_ROOM = "NO_ADAPTER_ROOM"
 
 
 class Tier(Enum):
@@ -263,7 +264,7 @@ class Residency:
             self._drop(resident)
             error = ResourceExhausted(
                 f"the device had no room for adapter {resident.digest[:12]}; try again",
-                reason="NO_ADAPTER_ROOM",
+                reason=NO_ADAPTER_ROOM,
                 retry_after_s=ROOM_RETRY_S,
             )
             outcomes.append(LoadOutcome(resident.digest, error, tuple(resident.seconds)))

@@ -10,7 +10,7 @@ from chorus import failpoints
 from chorus.adapters import kinds
 from chorus.adapters.digest import read_verified
 from chorus.adapters.pool import AdapterPool
-from chorus.adapters.residency import LoadedHost, LoadOutcome, Residency
+from chorus.adapters.residency import NO_ADAPTER_ROOM, LoadedHost, LoadOutcome, Residency
 from chorus.engine import messages as m
 from chorus.engine.kv_cache import BlockPool
 from chorus.engine.layout import Layout, lay_out
@@ -177,7 +177,8 @@ class Engine:
             events.append(m.Loaded(outcome.digest, outcome.seconds_by_stage))
             return
         events.append(m.LoadFailed(outcome.digest, error.code, error.reason, error.message, error.retry_after_s))
-        events += [_failed(seq, error) for seq in self.scheduler.fail_adapter(outcome.digest)]
+        if error.reason != NO_ADAPTER_ROOM:  # whoever waits for room asks again
+            events += [_failed(seq, error) for seq in self.scheduler.fail_adapter(outcome.digest)]
 
     def _residency_report(self, query_id: int) -> m.ResidencyReport:
         return m.ResidencyReport(
