@@ -20,7 +20,6 @@ class TinyWorld:
 
     def __init__(self, folder: Path) -> None:
         # The server under test needs a core too.
-        torch.set_num_threads(1)
         self.folder = folder
         self.base = save_base(folder / "base", "llama")
         self._made: dict[str, Path] = {}

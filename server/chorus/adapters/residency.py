@@ -136,10 +136,10 @@ class Residency:
         resident.last_used = self._turn
         return resident.slot
 
-    def count_hit(self, digest: str) -> None:
-        """A request has started on a version that it found on the device."""
+    def count_start(self, digest: str, *, waited: bool) -> None:
+        """A request has started on a version; a hit if it did not have to wait for it."""
         self._residents[digest].hits += 1
-        self.hits += 1
+        self.hits += not waited
 
     def release(self, digest: str) -> None:
         """Gives one reference back."""

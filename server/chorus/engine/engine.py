@@ -91,8 +91,8 @@ class Engine:
         events += [_failed(seq, DeadlineExceeded("the deadline passed")) for seq in schedule.expired]
         events += [m.Started(seq.request_id, began, seq.adapter_wait) for seq in schedule.started]
         for seq in schedule.started:
-            if seq.adapter and seq.adapter_wait == 0:
-                self.residency.count_hit(seq.adapter.digest)
+            if seq.adapter:
+                self.residency.count_start(seq.adapter.digest, waited=seq.adapter_wait > 0)
         layout = lay_out(schedule.chunks)
         if schedule.chunks:
             events += self._run(schedule, layout)
