@@ -223,19 +223,23 @@ class SamplingParams(_message.Message):
     min_p: _builtins.float
     """Drops tokens under this fraction of the likeliest one's probability; 0 is off, the default."""
     presence_penalty: _builtins.float
+    """Taken off the logit of each token that is in the output; 0 is off, the default."""
     frequency_penalty: _builtins.float
+    """Taken off once for each time the token is in the output; 0 is off, the default."""
     repetition_penalty: _builtins.float
+    """Divides positive and multiplies negative logits of tokens in prompt or output; 1 is off, the default."""
     seed: _builtins.int
     """Same seed, same prompt, same version: same tokens. Unset draws one."""
     logprobs: _builtins.int
-    """How many alternatives' log-probabilities to give per token."""
+    """Gives the log-probability of each token, and of the likeliest this many; 0 gives the token's own only."""
     n: _builtins.int
-    """How many completions; 1 by default."""
+    """How many completions; 1 by default. Completion i draws with seed + i."""
     ignore_eos: _builtins.bool
     """Goes on past the end-of-sequence token."""
     min_tokens: _builtins.int
     """No end before this many tokens."""
     prompt_logprobs: _builtins.int
+    """The same for the prompt's tokens."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ends before the first of these; they are not in the text."""
@@ -245,7 +249,9 @@ class SamplingParams(_message.Message):
         """Ends after any of these tokens."""
 
     @_builtins.property
-    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]: ...
+    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """Added to the logits of these tokens."""
+
     def __init__(
         self,
         *,
@@ -342,6 +348,7 @@ class GenerateResponse(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
     ADAPTER_VERSION_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Which of the n outputs this message goes on with."""
     text: _builtins.str
@@ -364,6 +371,10 @@ class GenerateResponse(_message.Message):
     def timing(self) -> Global___Timing:
         """On the last message of the stream."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """On the first message, when asked for: one entry for each token of the prompt but the first."""
+
     def __init__(
         self,
         *,
@@ -375,10 +386,11 @@ class GenerateResponse(_message.Message):
         usage: Global___Usage | None = ...,
         timing: Global___Timing | None = ...,
         adapter_version: _builtins.str = ...,
+        prompt_logprobs: _abc.Iterable[Global___TokenLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timing", b"timing", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_version", b"adapter_version", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "text", b"text", "timing", b"timing", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_version", b"adapter_version", "finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "text", b"text", "timing", b"timing", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -386,6 +398,8 @@ Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
 class TokenLogprobs(_message.Message):
+    """Natural log-probabilities of the model itself, before bias, penalties and temperature."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -412,7 +426,9 @@ class TokenLogprobs(_message.Message):
     TOP_FIELD_NUMBER: _builtins.int
     logprob: _builtins.float
     @_builtins.property
-    def top(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]: ...
+    def top(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """The likeliest tokens."""
+
     def __init__(
         self,
         *,

@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from chorus.v1 import generate_pb2 as chorus_dot_v1_dot_generate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63horus/v1/tasks.proto\x12\tchorus.v1\"&\n\x08TextPair\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04pair\x18\x02 \x01(\t\"[\n\x0f\x43lassifyRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12#\n\x06inputs\x18\x02 \x03(\x0b\x32\x13.chorus.v1.TextPair\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"W\n\x10\x43lassifyResponse\x12*\n\x07results\x18\x01 \x03(\x0b\x32\x19.chorus.v1.Classification\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\t\"\x9a\x01\n\x0e\x43lassification\x12\r\n\x05label\x18\x01 \x01(\t\x12\x43\n\rprobabilities\x18\x02 \x03(\x0b\x32,.chorus.v1.Classification.ProbabilitiesEntry\x1a\x34\n\x12ProbabilitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"F\n\x10TagTokensRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"T\n\x11TagTokensResponse\x12&\n\x07results\x18\x01 \x03(\x0b\x32\x15.chorus.v1.TaggedText\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\t\",\n\nTaggedText\x12\x1e\n\x05spans\x18\x01 \x03(\x0b\x32\x0f.chorus.v1.Span\"~\n\x04Span\x12\r\n\x05label\x18\x01 \x01(\t\x12\x12\n\nstart_byte\x18\x02 \x01(\x05\x12\x10\n\x08\x65nd_byte\x18\x03 \x01(\x05\x12\x12\n\nstart_char\x18\x04 \x01(\x05\x12\x10\n\x08\x65nd_char\x18\x05 \x01(\x05\x12\x0c\n\x04text\x18\x06 \x01(\t\x12\r\n\x05score\x18\x07 \x01(\x01\"`\n\rAnswerRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12*\n\x06inputs\x18\x02 \x03(\x0b\x32\x1a.chorus.v1.QuestionContext\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"4\n\x0fQuestionContext\x12\x10\n\x08question\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x02 \x01(\t\"K\n\x0e\x41nswerResponse\x12 \n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x0f.chorus.v1.Span\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\t\"0\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"B\n\x0c\x45mbedRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"R\n\rEmbedResponse\x12(\n\nembeddings\x18\x01 \x03(\x0b\x32\x14.chorus.v1.Embedding\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\t\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\"Z\n\x0cScoreRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x15\n\rcontinuations\x18\x03 \x03(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"V\n\rScoreResponse\x12,\n\x06scores\x18\x01 \x03(\x0b\x32\x1c.chorus.v1.ContinuationScore\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\t\"O\n\x11\x43ontinuationScore\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x16\n\x0etoken_logprobs\x18\x02 \x03(\x01\x12\x11\n\ttoken_ids\x18\x03 \x03(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x63horus/v1/tasks.proto\x12\tchorus.v1\x1a\x18\x63horus/v1/generate.proto\"&\n\x08TextPair\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0c\n\x04pair\x18\x02 \x01(\t\"[\n\x0f\x43lassifyRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12#\n\x06inputs\x18\x02 \x03(\x0b\x32\x13.chorus.v1.TextPair\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"W\n\x10\x43lassifyResponse\x12*\n\x07results\x18\x01 \x03(\x0b\x32\x19.chorus.v1.Classification\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\t\"\x9a\x01\n\x0e\x43lassification\x12\r\n\x05label\x18\x01 \x01(\t\x12\x43\n\rprobabilities\x18\x02 \x03(\x0b\x32,.chorus.v1.Classification.ProbabilitiesEntry\x1a\x34\n\x12ProbabilitiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"F\n\x10TagTokensRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"T\n\x11TagTokensResponse\x12&\n\x07results\x18\x01 \x03(\x0b\x32\x15.chorus.v1.TaggedText\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\t\",\n\nTaggedText\x12\x1e\n\x05spans\x18\x01 \x03(\x0b\x32\x0f.chorus.v1.Span\"~\n\x04Span\x12\r\n\x05label\x18\x01 \x01(\t\x12\x12\n\nstart_byte\x18\x02 \x01(\x05\x12\x10\n\x08\x65nd_byte\x18\x03 \x01(\x05\x12\x12\n\nstart_char\x18\x04 \x01(\x05\x12\x10\n\x08\x65nd_char\x18\x05 \x01(\x05\x12\x0c\n\x04text\x18\x06 \x01(\t\x12\r\n\x05score\x18\x07 \x01(\x01\"`\n\rAnswerRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12*\n\x06inputs\x18\x02 \x03(\x0b\x32\x1a.chorus.v1.QuestionContext\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"4\n\x0fQuestionContext\x12\x10\n\x08question\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontext\x18\x02 \x01(\t\"K\n\x0e\x41nswerResponse\x12 \n\x07\x61nswers\x18\x01 \x03(\x0b\x32\x0f.chorus.v1.Span\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\t\"0\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"&\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"B\n\x0c\x45mbedRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"R\n\rEmbedResponse\x12(\n\nembeddings\x18\x01 \x03(\x0b\x32\x14.chorus.v1.Embedding\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\t\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02\"\xa9\x01\n\x0cScoreRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x15\n\rcontinuations\x18\x03 \x03(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x05 \x03(\r\x12\x33\n\x16\x63ontinuation_token_ids\x18\x06 \x03(\x0b\x32\x13.chorus.v1.TokenIds\"V\n\rScoreResponse\x12,\n\x06scores\x18\x01 \x03(\x0b\x32\x1c.chorus.v1.ContinuationScore\x12\x17\n\x0f\x61\x64\x61pter_version\x18\x02 \x01(\t\"O\n\x11\x43ontinuationScore\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\x16\n\x0etoken_logprobs\x18\x02 \x03(\x01\x12\x11\n\ttoken_ids\x18\x03 \x03(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,48 +34,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CLASSIFICATION_PROBABILITIESENTRY']._loaded_options = None
   _globals['_CLASSIFICATION_PROBABILITIESENTRY']._serialized_options = b'8\001'
-  _globals['_TEXTPAIR']._serialized_start=36
-  _globals['_TEXTPAIR']._serialized_end=74
-  _globals['_CLASSIFYREQUEST']._serialized_start=76
-  _globals['_CLASSIFYREQUEST']._serialized_end=167
-  _globals['_CLASSIFYRESPONSE']._serialized_start=169
-  _globals['_CLASSIFYRESPONSE']._serialized_end=256
-  _globals['_CLASSIFICATION']._serialized_start=259
-  _globals['_CLASSIFICATION']._serialized_end=413
-  _globals['_CLASSIFICATION_PROBABILITIESENTRY']._serialized_start=361
-  _globals['_CLASSIFICATION_PROBABILITIESENTRY']._serialized_end=413
-  _globals['_TAGTOKENSREQUEST']._serialized_start=415
-  _globals['_TAGTOKENSREQUEST']._serialized_end=485
-  _globals['_TAGTOKENSRESPONSE']._serialized_start=487
-  _globals['_TAGTOKENSRESPONSE']._serialized_end=571
-  _globals['_TAGGEDTEXT']._serialized_start=573
-  _globals['_TAGGEDTEXT']._serialized_end=617
-  _globals['_SPAN']._serialized_start=619
-  _globals['_SPAN']._serialized_end=745
-  _globals['_ANSWERREQUEST']._serialized_start=747
-  _globals['_ANSWERREQUEST']._serialized_end=843
-  _globals['_QUESTIONCONTEXT']._serialized_start=845
-  _globals['_QUESTIONCONTEXT']._serialized_end=897
-  _globals['_ANSWERRESPONSE']._serialized_start=899
-  _globals['_ANSWERRESPONSE']._serialized_end=974
-  _globals['_TOKENIZEREQUEST']._serialized_start=976
-  _globals['_TOKENIZEREQUEST']._serialized_end=1024
-  _globals['_TOKENIZERESPONSE']._serialized_start=1026
-  _globals['_TOKENIZERESPONSE']._serialized_end=1063
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1065
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1103
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1105
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1139
-  _globals['_EMBEDREQUEST']._serialized_start=1141
-  _globals['_EMBEDREQUEST']._serialized_end=1207
-  _globals['_EMBEDRESPONSE']._serialized_start=1209
-  _globals['_EMBEDRESPONSE']._serialized_end=1291
-  _globals['_EMBEDDING']._serialized_start=1293
-  _globals['_EMBEDDING']._serialized_end=1320
-  _globals['_SCOREREQUEST']._serialized_start=1322
-  _globals['_SCOREREQUEST']._serialized_end=1412
-  _globals['_SCORERESPONSE']._serialized_start=1414
-  _globals['_SCORERESPONSE']._serialized_end=1500
-  _globals['_CONTINUATIONSCORE']._serialized_start=1502
-  _globals['_CONTINUATIONSCORE']._serialized_end=1581
+  _globals['_TEXTPAIR']._serialized_start=62
+  _globals['_TEXTPAIR']._serialized_end=100
+  _globals['_CLASSIFYREQUEST']._serialized_start=102
+  _globals['_CLASSIFYREQUEST']._serialized_end=193
+  _globals['_CLASSIFYRESPONSE']._serialized_start=195
+  _globals['_CLASSIFYRESPONSE']._serialized_end=282
+  _globals['_CLASSIFICATION']._serialized_start=285
+  _globals['_CLASSIFICATION']._serialized_end=439
+  _globals['_CLASSIFICATION_PROBABILITIESENTRY']._serialized_start=387
+  _globals['_CLASSIFICATION_PROBABILITIESENTRY']._serialized_end=439
+  _globals['_TAGTOKENSREQUEST']._serialized_start=441
+  _globals['_TAGTOKENSREQUEST']._serialized_end=511
+  _globals['_TAGTOKENSRESPONSE']._serialized_start=513
+  _globals['_TAGTOKENSRESPONSE']._serialized_end=597
+  _globals['_TAGGEDTEXT']._serialized_start=599
+  _globals['_TAGGEDTEXT']._serialized_end=643
+  _globals['_SPAN']._serialized_start=645
+  _globals['_SPAN']._serialized_end=771
+  _globals['_ANSWERREQUEST']._serialized_start=773
+  _globals['_ANSWERREQUEST']._serialized_end=869
+  _globals['_QUESTIONCONTEXT']._serialized_start=871
+  _globals['_QUESTIONCONTEXT']._serialized_end=923
+  _globals['_ANSWERRESPONSE']._serialized_start=925
+  _globals['_ANSWERRESPONSE']._serialized_end=1000
+  _globals['_TOKENIZEREQUEST']._serialized_start=1002
+  _globals['_TOKENIZEREQUEST']._serialized_end=1050
+  _globals['_TOKENIZERESPONSE']._serialized_start=1052
+  _globals['_TOKENIZERESPONSE']._serialized_end=1089
+  _globals['_DETOKENIZEREQUEST']._serialized_start=1091
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1129
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1131
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1165
+  _globals['_EMBEDREQUEST']._serialized_start=1167
+  _globals['_EMBEDREQUEST']._serialized_end=1233
+  _globals['_EMBEDRESPONSE']._serialized_start=1235
+  _globals['_EMBEDRESPONSE']._serialized_end=1317
+  _globals['_EMBEDDING']._serialized_start=1319
+  _globals['_EMBEDDING']._serialized_end=1346
+  _globals['_SCOREREQUEST']._serialized_start=1349
+  _globals['_SCOREREQUEST']._serialized_end=1518
+  _globals['_SCORERESPONSE']._serialized_start=1520
+  _globals['_SCORERESPONSE']._serialized_end=1606
+  _globals['_CONTINUATIONSCORE']._serialized_start=1608
+  _globals['_CONTINUATIONSCORE']._serialized_end=1687
 # @@protoc_insertion_point(module_scope)

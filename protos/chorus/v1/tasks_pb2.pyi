@@ -3,6 +3,7 @@
 isort:skip_file
 """
 
+from chorus.v1 import generate_pb2 as _generate_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -20,7 +21,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class TextPair(_message.Message):
-    """Planned tasks: the contract is fixed, the server answers UNIMPLEMENTED until they are built."""
+    """Tasks other than generation. What is not built yet answers UNIMPLEMENTED; the contract is fixed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -472,11 +473,21 @@ class ScoreRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     CONTINUATIONS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    CONTINUATION_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
+    """As in GenerateRequest."""
     prompt: _builtins.str
+    """Text and continuations are tokenized apart, then joined. Needs a base with a tokenizer."""
     request_id: _builtins.str
     @_builtins.property
     def continuations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Instead of `prompt` and `continuations`: token ids, used as they are."""
+
+    @_builtins.property
+    def continuation_token_ids(self) -> _containers.RepeatedCompositeFieldContainer[_generate_pb2.TokenIds]: ...
     def __init__(
         self,
         *,
@@ -484,10 +495,12 @@ class ScoreRequest(_message.Message):
         prompt: _builtins.str = ...,
         continuations: _abc.Iterable[_builtins.str] | None = ...,
         request_id: _builtins.str = ...,
+        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        continuation_token_ids: _abc.Iterable[_generate_pb2.TokenIds] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "continuations", b"continuations", "prompt", b"prompt", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "continuation_token_ids", b"continuation_token_ids", "continuations", b"continuations", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -524,6 +537,7 @@ class ContinuationScore(_message.Message):
     TOKEN_LOGPROBS_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     logprob: _builtins.float
+    """The sum of `token_logprobs`: natural log-probability of the whole continuation after the prompt."""
     @_builtins.property
     def token_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     @_builtins.property

@@ -39,6 +39,15 @@ class Sampling:
     seed: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    """None gives none, 0 the drawn token's, k also the k likeliest tokens'."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens from `prompt_logprobs_from` on, which is at least 1: the first has none."""
+    prompt_logprobs_from: int = 1
 
 
 # Front end -> engine
@@ -46,7 +55,11 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Generate from `prompt`. `deadline` is on `time.monotonic`'s clock; past it the request ends, queued or not."""
+    """Generate `n` outputs from `prompt`; output i draws with `seed + i`, and the outputs share the prompt's pages.
+
+    `deadline` is on `time.monotonic`'s clock; past it the request ends, queued or not. With `max_tokens` 0 nothing is
+    generated: the prompt is computed, its log-probabilities are told, and the request ends with LENGTH.
+    """
 
     request_id: int
     prompt: tuple[int, ...]
@@ -54,13 +67,15 @@ class Submit:
     adapter: AdapterRef | None = None
     priority: int = 0
     deadline: float | None = None
+    n: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Ends a request wherever it is; it gets no further event. Unknown ids are ignored."""
+    """Ends a request wherever it is, or one of its outputs; that gets no further event. Unknown ids are ignored."""
 
     request_id: int
+    index: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +127,36 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural log-probability of a token under the model's own distribution: before bias, penalties and temperature.
+
+    `top` holds the likeliest tokens with theirs, likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
-    """New tokens of a request, and its end if `finish` is set. EOS and stop tokens are among the tokens."""
+    """New tokens of output `index` of a request, and its end if `finish` is set. EOS and stop tokens are among them.
+
+    `logprobs` is empty or has one entry a token. A request is over when all its outputs are.
+    """
 
     request_id: int
     token_ids: tuple[int, ...]
     finish: FinishReason | None = None
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """One entry for each token of the prompt from `prompt_logprobs_from` on; comes once, before the first token."""
+
+    request_id: int
+    logprobs: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +234,7 @@ class StepStats:
     pinned: int = 0
 
 
-Event = Started | Tokens | Failed | Loaded | LoadFailed | ResidencyReport
+Event = Started | PromptLogprobs | Tokens | Failed | Loaded | LoadFailed | ResidencyReport
 
 
 @dataclass(frozen=True, slots=True)
