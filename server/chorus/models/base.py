@@ -21,6 +21,7 @@ from chorus.errors import FailedPrecondition
 from chorus.models import attention
 from chorus.models.checkpoint import base_folder, read_config, read_module
 from chorus.models.digest import base_digest
+from chorus.models.digest_cache import DigestCache
 from chorus.models.facts import BaseFacts
 from chorus.models.families import Family, family_of
 from chorus.models.linear import Adapted, wrap
@@ -61,8 +62,12 @@ class Base:
         return self.module.dtype
 
 
-def load_base(source: str | None, *, device: str, dtype: str, load_format: str = "auto") -> Base:
+def load_base(
+    source: str | None, *, device: str, dtype: str, load_format: str = "auto", digests: DigestCache | None = None
+) -> Base:
     """Loads a base model from a local folder or a hub id; the embedded one where `source` is None.
+
+    `digests` remembers those of weight files.
 
     Weights come as safetensors only; code from the model's repository never runs.
 
@@ -75,7 +80,7 @@ def load_base(source: str | None, *, device: str, dtype: str, load_format: str =
         raise FailedPrecondition("device: cuda was asked for, torch sees none", reason="NO_DEVICE")
     folder = base_folder(source)
     with ThreadPoolExecutor(1) as beside:  # the weights are hashed while they are read
-        digest = beside.submit(base_digest, folder, weights=load_format != "dummy")
+        digest = beside.submit(base_digest, folder, weights=load_format != "dummy", cache=digests)
         config = read_config(folder)
         family = family_of(config)
         module = _module(folder, config, device, getattr(torch, dtype), load_format)

@@ -37,8 +37,15 @@ def _load(config: ServerConfig) -> tuple[ServedBase, MakeEngine]:
     from chorus.engine.memory import plan_memory
     from chorus.engine.thread import EngineThread
     from chorus.models.base import load_base
+    from chorus.models.digest_cache import DigestCache
 
-    base = load_base(config.model, device=config.device, dtype=config.dtype, load_format=config.load_format)
+    base = load_base(
+        config.model,
+        device=config.device,
+        dtype=config.dtype,
+        load_format=config.load_format,
+        digests=DigestCache(config.state_dir / "base-digests.json"),
+    )
     memory = plan_memory(base, config)
 
     def build(wake: Callable[[], None]) -> Engine:
