@@ -1,0 +1,190 @@
+"""What gRPC leaves of the engine's tokens/s: the same work stepped in a process of its own and through a live server.
+
+    python benchmarks/front_end.py [--json] [--rounds 5] [--streams 32]
+
+The embedded base, greedy, 16 tokens in, 128 out, all streams at once. The engine alone, and `chorus serve` with a
+client in a third process, take turns. Then 200 single requests to the idle server: from arrival to first engine step.
+Prints a table, and with --json one JSON line last; a row goes to results/front_end.jsonl.
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Coroutine
+from multiprocessing.connection import Connection
+from typing import Any
+
+import grpc
+
+from common import record, wait_until_quiet
+
+TOKENS_IN, TOKENS_OUT, IDLE_REQUESTS = 16, 128, 200
+READY = re.compile(r"^chorus ready inference=(\S+) ")
+
+
+def prompt(i: int) -> list[int]:
+    return [(17 * i + 7 * j) % 400 + 20 for j in range(TOKENS_IN)]
+
+
+def engine_alone(streams: int) -> Callable[[], float]:
+    """A function that generates with the engine alone and returns its tokens/s."""
+    from chorus.config import ServerConfig
+    from chorus.engine import messages as m
+    from chorus.engine.engine import Engine
+    from chorus.engine.memory import plan_memory
+    from chorus.models.base import load_base
+
+    config = ServerConfig()
+    base = load_base(None, device=config.device, dtype=config.dtype)
+    engine = Engine(
+        base,
+        plan_memory(base, config),
+        max_rank=config.max_rank,
+        max_rows=config.max_rows,
+        max_step_tokens=config.max_step_tokens,
+        max_queue=config.max_queue,
+    )
+    sampling = m.Sampling(TOKENS_OUT, temperature=0.0, ignore_eos=True)
+
+    def run() -> float:
+        submits = [m.Submit(i, tuple(prompt(i)), sampling) for i in range(streams)]
+        tokens = 0
+        began = time.perf_counter()
+        events = engine.step(submits).events
+        while True:
+            tokens += sum(len(e.token_ids) for e in events if isinstance(e, m.Tokens))
+            if tokens == streams * TOKENS_OUT:
+                return tokens / (time.perf_counter() - began)
+            events = engine.step([]).events
+
+    return run
+
+
+def client_of(target: str, streams: int) -> tuple[Callable[[], dict[str, float]], Callable[[], list[float]]]:
+    """Functions that call a live server: all streams at once -> tokens/s; one after the other -> queue seconds."""
+    from chorus.v1 import generate_pb2, inference_pb2_grpc
+
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    channel = grpc.aio.insecure_channel(target)
+    stub = inference_pb2_grpc.InferenceStub(channel)
+
+    def request(i: int, tokens: int) -> generate_pb2.GenerateRequest:
+        sampling = generate_pb2.SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        return generate_pb2.GenerateRequest(token_ids=generate_pb2.TokenIds(ids=prompt(i)), sampling=sampling)
+
+    async def one(i: int) -> tuple[int, int]:
+        tokens = messages = 0
+        async for response in stub.Generate(request(i, TOKENS_OUT)):
+            tokens, messages = tokens + len(response.token_ids), messages + 1
+        return tokens, messages
+
+    async def all_at_once() -> dict[str, float]:
+        began = time.perf_counter()
+        got = await asyncio.gather(*(one(i) for i in range(streams)))
+        seconds = time.perf_counter() - began
+        tokens = sum(tokens for tokens, _ in got)
+        assert tokens == streams * TOKENS_OUT
+        return {"tok_s": tokens / seconds, "tokens_per_message": tokens / sum(messages for _, messages in got)}
+
+    async def one_by_one() -> list[float]:
+        queued = []
+        for i in range(IDLE_REQUESTS):
+            async for response in stub.Generate(request(i, 1)):
+                last = response
+            queued.append(last.timing.queue.ToNanoseconds() / 1e9)
+            await asyncio.sleep(0.005)
+        return queued
+
+    def call(work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+        return loop.run_until_complete(work())
+
+    return lambda: call(all_at_once), lambda: call(one_by_one)
+
+
+def serve_engine(streams: int, pipe: Connection) -> None:
+    run = engine_alone(streams)
+    while pipe.recv():
+        pipe.send(run())
+
+
+def serve_client(target: str, streams: int, pipe: Connection) -> None:
+    all_at_once, one_by_one = client_of(target, streams)
+    while asked := pipe.recv():
+        pipe.send(all_at_once() if asked == "all" else one_by_one())
+
+
+def start(work: Callable[..., None], *arguments: object) -> Connection:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=work, args=(*arguments, theirs), daemon=True).start()
+    return ours
+
+
+def ask(pipe: Connection, what: str) -> Any:
+    pipe.send(what)
+    return pipe.recv()
+
+
+def start_server(folder: str) -> tuple[subprocess.Popen[str], str]:
+    """A live server on free ports, and where its inference port listens."""
+    ports = ["--port", "0", "--admin-port", "0", "--metrics-port", "0"]
+    entry = [sys.executable, "-c", "from chorus.cli.main import main; main()"]
+    command = [*entry, "serve", "--state-dir", folder, *ports]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert server.stdout is not None
+    for line in server.stdout:
+        if ready := READY.match(line):
+            return server, ready[1]
+    sys.exit("the server did not start")
+
+
+def measure(rounds: int, streams: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        server, target = start_server(folder)
+        try:
+            engine, client = start(serve_engine, streams), start(serve_client, target, streams)
+            pairs = [(ask(engine, "all"), ask(client, "all")) for _ in range(rounds + 1)][1:]
+            queued = sorted(ask(client, "idle"))
+            for pipe in (engine, client):
+                pipe.send(None)
+        finally:
+            server.terminate()
+            server.wait()
+    ratios = sorted(through["tok_s"] / alone for alone, through in pairs)
+    return {
+        "streams": streams,
+        "engine_tok_s": statistics.median(alone for alone, _ in pairs),
+        "client_tok_s": statistics.median(through["tok_s"] for _, through in pairs),
+        "client_over_engine": statistics.median(ratios),
+        "client_over_engine_range": (ratios[0], ratios[-1]),
+        "tokens_per_message": statistics.median(through["tokens_per_message"] for _, through in pairs),
+        "first_step_ms_p50": statistics.median(queued) * 1e3,
+        "first_step_ms_p99": queued[int(len(queued) * 0.99)] * 1e3,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=int, default=32)
+    arguments = parser.parse_args()
+    wait_until_quiet()
+    row = measure(arguments.rounds, arguments.streams)
+    for name, value in row.items():
+        print(f"{name:26} {value if isinstance(value, tuple) else round(value, 3)}", file=sys.stderr)
+    record("front_end", row)
+    if arguments.json:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
