@@ -4,7 +4,7 @@ Fed by the front end (stream lifecycles, step events) and the interceptor (error
 of a histogram; the one label with tenants' names is capped. Buckets are vLLM's, so that dashboards can be shared.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
@@ -58,20 +58,21 @@ class Metrics:
         self._queue_time.observe(max(queue_s, 0.0))
 
     def tokens_arrived(
-        self, tenant: str | None, count: int, since_arrival_s: float, since_last_s: float | None
+        self, tenant: str | None, count: int, since_arrival_s: float | None, since_last_s: float | None
     ) -> None:
-        """`since_last_s` is None for a request's first tokens."""
+        """`since_arrival_s` is None but for a request's first tokens, `since_last_s` for an output's first ones."""
         self._generation_tokens.inc(count)
         known = tenant is None or tenant in self._tenants  # the last adapter may have gone while the stream runs
         self._tenant_tokens.labels(self._tenant_label(tenant) if known else OTHER_TENANT).inc(count)
-        if since_last_s is None:
+        if since_arrival_s is not None:
             self._first_token.observe(since_arrival_s)
-        else:
+        if since_last_s is not None:
             self._inter_token.observe(since_last_s)
 
-    def request_finished(self, reason: str, total_s: float) -> None:
-        """`reason` is a finish reason's value, or `error`."""
-        self._finished.labels(reason).inc()
+    def request_finished(self, reasons: Iterable[str], total_s: float) -> None:
+        """One reason an output: a finish reason's value, or `error`."""
+        for reason in reasons:
+            self._finished.labels(reason).inc()
         self._total.observe(total_s)
 
     def error(self, code: str, reason: str) -> None:
@@ -126,7 +127,7 @@ class Metrics:
             "chorus_time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN_BUCKETS
         )
         self._inter_token = self._histogram(
-            "chorus_inter_token_latency_seconds", "Between two tokens of a request.", INTER_TOKEN_BUCKETS
+            "chorus_inter_token_latency_seconds", "Between two tokens of an output.", INTER_TOKEN_BUCKETS
         )
         self._total = self._histogram("chorus_e2e_request_latency_seconds", "From arrival to the end.", REQUEST_BUCKETS)
         self._queue_time = self._histogram(
@@ -142,7 +143,9 @@ class Metrics:
         self._prompt_tokens = self._counter("chorus_prompt_tokens_total", "Prompt tokens taken in.")
         self._generation_tokens = self._counter("chorus_generation_tokens_total", "Tokens generated.")
         self._cached = self._counter("chorus_cached_prompt_tokens_total", "Prompt tokens found in the prefix cache.")
-        self._finished = self._counter("chorus_requests_finished_total", "Requests, by how they ended.", "reason")
+        self._finished = self._counter(
+            "chorus_requests_finished_total", "Outputs, by how they ended; a request has n of them.", "reason"
+        )
         for reason in ("stop", "length", "stop_string", "aborted", "error"):
             self._finished.labels(reason)
         self._errors = self._counter("chorus_errors_total", "Calls that ended with an error.", "code", "reason")

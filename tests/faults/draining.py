@@ -45,7 +45,7 @@ def observe_drain(server: ServerProcess, world: TinyWorld) -> Drain:
         seen.adapters = client.list_adapters()
         stream = client.stream(PROMPT, adapter="t30/streaming", max_tokens=25, **GREEDY)
         next(stream)
-        watching = threads.submit(_watch, health, seen.watched)
+        watching = threads.submit(watch, health, seen.watched)
         until(lambda: seen.watched == [SERVING], "health says SERVING")
         late = threads.submit(client.generate, PROMPT, adapter="t30/loading", max_tokens=8, **GREEDY)
         until(lambda: server.scrape().value("chorus_requests_waiting_for_adapter") == 1, "the second one waits")
@@ -89,7 +89,7 @@ def observe_cut(server: ServerProcess, world: TinyWorld) -> Cut:
     return seen
 
 
-def _watch(health: health_pb2_grpc.HealthStub, statuses: list[int]) -> None:
+def watch(health: health_pb2_grpc.HealthStub, statuses: list[int]) -> None:
     """Follows the service's health until it says NOT_SERVING."""
     for update in health.Watch(health_pb2.HealthCheckRequest(service=SERVICE), timeout=30):
         statuses.append(update.status)

@@ -49,7 +49,7 @@ FORMS = {
 }
 # Fields that mean something when they are empty: the base model, any tenant, no alias.
 MAY_BE_EMPTY = {"adapter", "parent", "digest", "header.alias"}
-NOT_NAMES = {"request_id", "text", "page_token", "etag"}
+NOT_NAMES = {"request_id", "text", "prompt", "continuations", "page_token", "etag"}
 
 
 class Place(NamedTuple):
@@ -76,8 +76,7 @@ SERVICES = {
     True: adapters_pb2.DESCRIPTOR.services_by_name["Adapters"],
 }
 # In the contract, answered UNIMPLEMENTED before anything is read.
-NOT_BUILT = {"Classify", "TagTokens", "Answer", "Embed", "Score", "CreateTenant", "CreateApiKey", "RevokeApiKey"}
-NOT_BUILT |= {"SetQuota"}
+NOT_BUILT = {"Classify", "TagTokens", "Answer", "Embed", "CreateTenant", "CreateApiKey", "RevokeApiKey", "SetQuota"}
 PLACES = [
     Place(admin, method.name, field)
     for admin, service in SERVICES.items()
@@ -107,6 +106,9 @@ def valid_request(place: Place) -> Any:
         message.text = "hello"
     if place.method == "Generate":
         message.token_ids.ids.append(3)
+    if place.method == "Score":
+        message.prompt_token_ids.append(3)
+        message.continuation_token_ids.add(ids=[3])
     return message
 
 
@@ -132,7 +134,7 @@ def test_the_places_are_all_there() -> None:
     """Guards the search itself: a method that takes a name by another field is not to be overlooked."""
     assert {place.field for place in PLACES} == set(FORMS)
     assert {place.method for place in PLACES if not place.admin} == {
-        *("Generate", "Tokenize", "ListAdapters", "GetAdapter"),
+        *("Generate", "Score", "Tokenize", "ListAdapters", "GetAdapter"),
     }
     assert len({place.method for place in PLACES if place.admin}) == 10
 

@@ -7,6 +7,7 @@ from typing import Any
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2_grpc
+from transformers import PreTrainedTokenizerFast
 
 from chorus.admin.v1 import adapters_pb2_grpc
 from chorus.config import ServerConfig
@@ -16,13 +17,17 @@ from chorus.v1 import inference_pb2_grpc
 from services.fakes import FACTS, SITE, FakeEngine, byte_tokenizer
 from services.harness import MakeRig, Rig
 
+BYTES = byte_tokenizer()
+
 
 @pytest.fixture
 async def make_rig(tmp_path: Path) -> AsyncIterator[MakeRig]:
-    """Starts servers; keyword arguments go into the configuration, but for `tokenizer` (False: none) and `facts`."""
+    """Starts servers; keyword arguments go into the configuration, but for `tokenizer` (None: none) and `facts`."""
     rigs: list[Rig] = []
 
-    async def make(*, tokenizer: bool = True, facts: BaseFacts = FACTS, **settings: Any) -> Rig:
+    async def make(
+        *, tokenizer: PreTrainedTokenizerFast | None = BYTES, facts: BaseFacts = FACTS, **settings: Any
+    ) -> Rig:
         defaults: dict[str, Any] = {
             "port": 0,
             "admin_port": 0,
@@ -37,7 +42,7 @@ async def make_rig(tmp_path: Path) -> AsyncIterator[MakeRig]:
             engines.append(FakeEngine(*callbacks))
             return engines[0]
 
-        base = ServedBase(facts, byte_tokenizer() if tokenizer else None, {SITE.name: SITE})
+        base = ServedBase(facts, tokenizer, {SITE.name: SITE})
         server = ChorusServer(config, base, make_engine)
         try:
             endpoints = await server.start()

@@ -50,14 +50,14 @@ FACTS = BaseFacts(
 )
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """Token i is byte i, so a test knows every token of every text; 256 is the end of sequence."""
     letters = _bytes_to_letters()
     vocab = {letters[byte]: byte for byte in range(256)} | {"<eos>": EOS}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", chat_template=chat_template)
 
 
 def _bytes_to_letters() -> list[str]:
@@ -83,10 +83,29 @@ def says(text: str, *, finish: FinishReason = FinishReason.STOP, pause_s: float 
     return reply
 
 
+def interleaved(*texts: str, finish: FinishReason = FinishReason.STOP) -> Reply:
+    """Answers output i with the bytes of text i, all outputs a token a step, each until it ends or is aborted."""
+
+    def reply(submit: Submit, engine: "FakeEngine") -> Iterator[Event | float]:
+        yield Started(submit.request_id, time.monotonic(), 0.0)
+        left = {i: [*text.encode(), *([EOS] if finish is FinishReason.STOP else [])] for i, text in enumerate(texts)}
+        while left:
+            events = []
+            for index, ids in list(left.items()):
+                token = ids.pop(0)
+                events.append(Tokens(submit.request_id, (token,), None if ids else finish, index))
+                if not ids or engine.has_aborted(submit.request_id, index):
+                    del left[index]
+            engine.post(*events)
+            yield 0.001
+
+    return reply
+
+
 def never_ends(submit: Submit, engine: "FakeEngine") -> Iterator[Event | float]:
     """One token every few milliseconds until the request is aborted."""
     yield Started(submit.request_id, time.monotonic(), 0.0)
-    while submit.request_id not in engine.aborted:
+    while not engine.has_aborted(submit.request_id):
         yield Tokens(submit.request_id, (ord("x"),))
         yield 0.002
 
@@ -102,6 +121,7 @@ class FakeEngine:
     def __init__(self, on_events: Callable[[StepEvents], None], on_death: Callable[[BaseException], None]) -> None:
         self.commands: list[Command] = []
         self.aborted: set[int] = set()
+        self.aborted_outputs: set[tuple[int, int]] = set()
         self.reply: Reply = says("ok")
         self.load_error: LoadFailed | None = None
         self.loads_answered = True
@@ -124,8 +144,10 @@ class FakeEngine:
         match command:
             case Submit():
                 self._run(lambda: self._answer(command))
-            case Abort(request_id):
+            case Abort(request_id, None):
                 self.aborted.add(request_id)
+            case Abort(request_id, int() as index):
+                self.aborted_outputs.add((request_id, index))
             case Load(adapter) | Pin(adapter):
                 if self.loads_answered:
                     self._run(lambda: self.post(self.load_error or Loaded(adapter.digest, (("device", 0.01),))))
@@ -136,6 +158,10 @@ class FakeEngine:
 
     def post(self, *events: Event, stats: StepStats | None = None) -> None:
         self._on_events(StepEvents(events, stats or StepStats(seconds=0.001, rows=1), ran=True))
+
+    def has_aborted(self, request_id: int, index: int = 0) -> bool:
+        """The request, or this output of it."""
+        return request_id in self.aborted or (request_id, index) in self.aborted_outputs
 
     def sent(self, kind: type[Command]) -> list[Command]:
         return [command for command in self.commands if isinstance(command, kind)]
@@ -155,15 +181,18 @@ class FakeEngine:
         thread.start()
 
 
-def lora_files(*, rank: int = 4, seed: int = 0, module: str = SITE.name) -> dict[str, bytes]:
-    """The two files of a LoRA that fits `SITE`, as PEFT writes them."""
+def lora_files(
+    *, rank: int = 4, seed: int = 0, module: str = SITE.name, task: dict[str, object] | None = None
+) -> dict[str, bytes]:
+    """The two files of a LoRA that fits `SITE`, as PEFT writes them, and a task card where there is one."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         f"base_model.model.{module}.lora_A.weight": torch.randn(rank, 16, generator=generator),
         f"base_model.model.{module}.lora_B.weight": torch.randn(16, rank, generator=generator),
     }
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
-    return {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": save(tensors)}
+    files = {"adapter_config.json": json.dumps(config).encode(), "adapter_model.safetensors": save(tensors)}
+    return files | ({"task.json": json.dumps(task).encode()} if task is not None else {})
 
 
 def upload(

@@ -35,11 +35,11 @@ class Rig:
         self, parent: str = "tenants/a/adapters/x", **options: Any
     ) -> adapters_pb2.CreateAdapterVersionResponse:
         """Uploads a LoRA; options as `fakes.upload` and `fakes.lora_files` take them."""
-        files = lora_files(**{key: options.pop(key) for key in ("rank", "seed") if key in options})
+        files = lora_files(**{key: options.pop(key) for key in ("rank", "seed", "task") if key in options})
         return await self.admin.CreateAdapterVersion(upload(parent, files, **options))
 
     async def generate(self, **fields: Any) -> list[generate_pb2.GenerateResponse]:
-        fields = fields if "token_ids" in fields else {"text": "hello"} | fields
+        fields = fields if {"token_ids", "messages"} & fields.keys() else {"text": "hello"} | fields
         return [
             message async for message in self.inference.Generate(generate_pb2.GenerateRequest(**fields), timeout=20)
         ]

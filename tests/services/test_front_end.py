@@ -16,18 +16,28 @@ from chorus.engine.messages import (
     Loaded,
     LoadFailed,
     Pin,
+    PromptLogprobs,
     QueryResidency,
     ResidencyReport,
     Sampling,
     Started,
     StepEvents,
     Submit,
+    TokenLogprob,
     Tokens,
 )
-from chorus.errors import Aborted, DataLoss, FailedPrecondition, ResourceExhausted, Unavailable
+from chorus.errors import (
+    Aborted,
+    ChorusError,
+    DataLoss,
+    FailedPrecondition,
+    InternalError,
+    ResourceExhausted,
+    Unavailable,
+)
 from chorus.metrics import Metrics
 from chorus.services.front_end import EngineFrontEnd
-from chorus.services.streams import TokenStream
+from chorus.services.streams import OutputTokens, Ready, TokenStream
 
 SAMPLING = Sampling(max_tokens=10)
 ADAPTER = AdapterRef("d" * 64, "/nowhere")
@@ -57,17 +67,22 @@ def tell(front_end: EngineFrontEnd, *events: Event) -> None:
     front_end.deliver(StepEvents(events))
 
 
-def submit(front_end: EngineFrontEnd) -> TokenStream:
-    return front_end.submit((1, 2), SAMPLING)
+def submit(front_end: EngineFrontEnd, n: int = 1) -> TokenStream:
+    return front_end.submit((1, 2), SAMPLING, n=n)
+
+
+def only(ready: Ready) -> OutputTokens:
+    """What the one output that had something had."""
+    [output] = ready.outputs
+    return output
 
 
 async def test_reader_takes_all_that_is_ready_in_one_batch(front_end: EngineFrontEnd) -> None:
     stream = submit(front_end)
     tell(front_end, Tokens(1, (5,)), Tokens(1, (6, 7)))
     tell(front_end, Tokens(1, (8,), FinishReason.LENGTH))
-    batches = [batch async for batch in stream]
-    assert [batch.token_ids for batch in batches] == [(5, 6, 7, 8)]
-    assert batches[0].finish is FinishReason.LENGTH
+    reads = [ready async for ready in stream]
+    assert [ready.outputs for ready in reads] == [(OutputTokens(0, (5, 6, 7, 8), (), FinishReason.LENGTH),)]
 
 
 async def test_reader_that_waits_gets_the_first_token_at_once(front_end: EngineFrontEnd) -> None:
@@ -75,7 +90,7 @@ async def test_reader_that_waits_gets_the_first_token_at_once(front_end: EngineF
     reading = asyncio.ensure_future(anext(stream))
     await asyncio.sleep(0)
     tell(front_end, Tokens(1, (5,)))
-    assert (await asyncio.wait_for(reading, 1)).token_ids == (5,)
+    assert only(await asyncio.wait_for(reading, 1)).token_ids == (5,)
     stream.close()
 
 
@@ -83,20 +98,20 @@ async def test_slow_reader_loses_its_own_stream_only(front_end: EngineFrontEnd, 
     slow, quick = submit(front_end), submit(front_end)
     for i in range(17):
         tell(front_end, Tokens(1, (i,)), Tokens(2, (i,)))
-        assert (await anext(quick)).token_ids == (i,)
+        assert only(await anext(quick)).token_ids == (i,)
     with pytest.raises(ResourceExhausted) as error:
         await anext(slow)
     assert error.value.reason == "SLOW_READER"
     assert error.value.retry_after_s is not None
     assert [c.request_id for c in port.sent if isinstance(c, Abort)] == [1]
     tell(front_end, Tokens(1, (99,)), Tokens(2, (99,), FinishReason.STOP))
-    assert (await anext(quick)).finish is FinishReason.STOP
+    assert only(await anext(quick)).finish is FinishReason.STOP
 
 
 async def test_last_batch_is_delivered_even_over_a_full_queue(front_end: EngineFrontEnd) -> None:
     stream = submit(front_end)
     tell(front_end, *(Tokens(1, (i,)) for i in range(16)), Tokens(1, (16,), FinishReason.STOP))
-    assert len((await anext(stream)).token_ids) == 17
+    assert len(only(await anext(stream)).token_ids) == 17
 
 
 async def test_closed_stream_is_aborted_once_and_hears_nothing_more(front_end: EngineFrontEnd, port: Port) -> None:
@@ -106,7 +121,7 @@ async def test_closed_stream_is_aborted_once_and_hears_nothing_more(front_end: E
     tell(front_end, Tokens(1, (5,)), Started(1, time.monotonic(), 0.0))
     assert port.sent == [Submit(1, (1, 2), SAMPLING), Abort(1)]
     assert front_end.streams_open == 0
-    assert [batch async for batch in stream] == []
+    assert [ready async for ready in stream] == []
 
 
 async def test_finished_stream_is_not_aborted(front_end: EngineFrontEnd, port: Port) -> None:
@@ -114,6 +129,80 @@ async def test_finished_stream_is_not_aborted(front_end: EngineFrontEnd, port: P
     tell(front_end, Tokens(1, (5,), FinishReason.STOP))
     stream.close()
     assert not [c for c in port.sent if isinstance(c, Abort)]
+
+
+async def test_outputs_keep_their_own_tokens_logprobs_and_ends(front_end: EngineFrontEnd) -> None:
+    stream = submit(front_end, n=3)
+    a, b = TokenLogprob(-0.5), TokenLogprob(-1.5, ((7, -0.1),))
+    tell(front_end, Tokens(1, (5,), index=2, logprobs=(a,)), Tokens(1, (6,), FinishReason.STOP, index=0))
+    tell(front_end, Tokens(1, (7,), index=2, logprobs=(b,)))
+    assert (await anext(stream)).outputs == (
+        OutputTokens(2, (5, 7), (a, b)),
+        OutputTokens(0, (6,), (), FinishReason.STOP),
+    )
+    tell(front_end, Tokens(1, (8,), FinishReason.LENGTH, index=1), Tokens(1, (9,), FinishReason.LENGTH, index=2))
+    assert [output.index for output in (await anext(stream)).outputs] == [1, 2]
+    assert [ready async for ready in stream] == []
+    assert front_end.streams_open == 0
+
+
+async def test_queue_bounds_the_tokens_of_all_outputs_together(front_end: EngineFrontEnd) -> None:
+    stream = submit(front_end, n=4)
+    for index in range(4):
+        tell(front_end, Tokens(1, (1,) * 4, index=index))
+    tell(front_end, Tokens(1, (1,), index=0))
+    with pytest.raises(ResourceExhausted, match="more than 16 tokens"):
+        await anext(stream)
+
+
+async def test_ended_output_is_taken_back_alone_and_the_last_one_ends_the_request(
+    front_end: EngineFrontEnd, port: Port
+) -> None:
+    stream = submit(front_end, n=2)
+    tell(front_end, Tokens(1, (5,), index=0), Tokens(1, (6,), index=1))
+    await anext(stream)
+    stream.end_output(1, FinishReason.STOP_STRING)
+    tell(front_end, Tokens(1, (7,), index=1), Tokens(1, (8,), index=0))
+    assert only(await anext(stream)).token_ids == (8,)
+    stream.end_output(0, FinishReason.STOP_STRING)
+    stream.close()
+    assert port.sent[1:] == [Abort(1, 1), Abort(1, 0)]
+    assert front_end.streams_open == 0
+
+
+async def test_output_that_the_engine_has_ended_is_not_aborted(front_end: EngineFrontEnd, port: Port) -> None:
+    stream = submit(front_end, n=2)
+    tell(front_end, Tokens(1, (5,), FinishReason.LENGTH, index=0))
+    await anext(stream)
+    stream.end_output(0, FinishReason.STOP_STRING)
+    assert not [c for c in port.sent if isinstance(c, Abort)]
+    stream.close()
+    assert [c for c in port.sent if isinstance(c, Abort)] == [Abort(1)]
+
+
+async def test_prompts_logprobs_come_with_the_first_tokens(front_end: EngineFrontEnd) -> None:
+    stream = submit(front_end)
+    reading = asyncio.ensure_future(anext(stream))
+    tell(front_end, PromptLogprobs(1, (TokenLogprob(-2.0),)))
+    await asyncio.sleep(0)
+    assert not reading.done()
+    tell(front_end, Tokens(1, (5,)))
+    assert (await reading).prompt_logprobs == (TokenLogprob(-2.0),)
+    tell(front_end, Tokens(1, (6,)))
+    assert (await anext(stream)).prompt_logprobs == ()
+    stream.close()
+
+
+async def test_error_is_told_at_once_to_a_reader_that_is_busy_elsewhere(front_end: EngineFrontEnd) -> None:
+    busy, waiting = submit(front_end), submit(front_end)
+    heard: list[ChorusError] = []
+    busy.on_unheard = waiting.on_unheard = heard.append
+    reading = asyncio.ensure_future(anext(waiting))
+    await asyncio.sleep(0)
+    tell(front_end, *(Failed(i, "INTERNAL", "INTERNAL", f"request {i}") for i in (1, 2)))
+    assert [error.message for error in heard] == ["request 1"]
+    with pytest.raises(InternalError, match="request 2"):
+        await reading
 
 
 async def test_engines_error_reaches_the_reader_as_itself(front_end: EngineFrontEnd) -> None:

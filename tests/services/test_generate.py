@@ -192,7 +192,7 @@ async def test_names_that_are_none_are_refused(rig: Rig, name: str) -> None:
 
 
 async def test_base_without_tokenizer_takes_and_gives_token_ids(make_rig: MakeRig) -> None:
-    rig = await make_rig(tokenizer=False)
+    rig = await make_rig(tokenizer=None)
     seen = await refused(rig.generate(text="words"))
     assert seen.reason == "NO_TOKENIZER"
     call = rig.inference.Generate(generate_pb2.GenerateRequest(token_ids=generate_pb2.TokenIds(ids=[1, 2])))

@@ -30,7 +30,7 @@ async def test_ids_outside_the_vocabulary_have_no_text(rig: Rig) -> None:
 
 
 async def test_base_without_tokenizer_says_so(make_rig: MakeRig) -> None:
-    rig = await make_rig(tokenizer=False)
+    rig = await make_rig(tokenizer=None)
     seen = await refused(rig.inference.Tokenize(tasks_pb2.TokenizeRequest(text="x")))
     assert (seen.code, seen.reason) == ("FAILED_PRECONDITION", "NO_TOKENIZER")
     assert not (await rig.inference.GetModel(inference_pb2.GetModelRequest())).has_tokenizer

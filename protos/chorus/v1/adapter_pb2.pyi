@@ -119,6 +119,7 @@ class AdapterVersion(_message.Message):
     PINNED_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `tenants/{tenant}/adapters/{adapter}/versions/{digest}`."""
     digest: _builtins.str
@@ -135,6 +136,8 @@ class AdapterVersion(_message.Message):
     """Pinned versions are never evicted from the device."""
     task: _builtins.str
     """From task.json: what the adapter was trained for; empty where unknown."""
+    has_chat_template: _builtins.bool
+    """It brings a chat template of its own, which lays out `messages` in place of the base's."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -154,10 +157,11 @@ class AdapterVersion(_message.Message):
         pinned: _builtins.bool = ...,
         task: _builtins.str = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        has_chat_template: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest", "kind", b"kind", "max_rank", b"max_rank", "metrics", b"metrics", "name", b"name", "pinned", b"pinned", "site_count", b"site_count", "size_bytes", b"size_bytes", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest", "has_chat_template", b"has_chat_template", "kind", b"kind", "max_rank", b"max_rank", "metrics", b"metrics", "name", b"name", "pinned", b"pinned", "site_count", b"site_count", "size_bytes", b"size_bytes", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

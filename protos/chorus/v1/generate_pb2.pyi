@@ -76,7 +76,9 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def messages(self) -> Global___Messages:
-        """A dialogue, laid out by the chat template."""
+        """A dialogue, laid out by the adapter's own chat template or else the tokenizer's, the answer's beginning added.
+        Only what the template writes is special: it adds its own begin-of-sequence token or none.
+        """
 
     @_builtins.property
     def sampling(self) -> Global___SamplingParams: ...

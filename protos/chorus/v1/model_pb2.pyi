@@ -53,6 +53,7 @@ class Model(_message.Message):
     max_rank: _builtins.int
     """The largest adapter rank served."""
     has_chat_template: _builtins.bool
+    """Whether `messages` can be sent without an adapter that brings a chat template."""
     @_builtins.property
     def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelSite]:
         """Modules that adapters may target, by name, with their shapes."""

@@ -478,10 +478,14 @@ class ScoreRequest(_message.Message):
     adapter: _builtins.str
     """As in GenerateRequest."""
     prompt: _builtins.str
-    """Text and continuations are tokenized apart, then joined. Needs a base with a tokenizer."""
+    """Prompt and continuations are tokenized apart, then joined; special tokens are added to the prompt only. Needs a base
+    with a tokenizer.
+    """
     request_id: _builtins.str
     @_builtins.property
-    def continuations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def continuations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """1 to 128; prompt and each continuation must fit the context together."""
+
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Instead of `prompt` and `continuations`: token ids, used as they are."""

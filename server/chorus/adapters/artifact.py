@@ -13,6 +13,7 @@ from typing import Annotated
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
+from chorus.adapters import chat_template as templates
 from chorus.adapters.lora_config import CONFIG_FILE, LoraConfig, parse_config
 from chorus.adapters.safetensors_file import open_regular, read_tensors, refuse_pickle
 from chorus.adapters.strict_json import parse_object, quote, validate
@@ -37,7 +38,8 @@ class TaskCard(BaseModel):
 
     Known fields are checked strictly. Unknown ones are ignored, so that newer trainers may add notes; a field that
     changes what an existing one means has to raise `format_version`, and what is newer than 1 is refused.
-    `base_digest` and `tokenizer_digest` are SHA-256, hex; `max_length` counts tokens.
+    `base_digest` and `tokenizer_digest` are SHA-256, hex; `max_length` counts tokens. `chat_template` is jinja, and
+    lays out dialogues in place of the tokenizer's.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
@@ -50,6 +52,7 @@ class TaskCard(BaseModel):
         BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
     ] = ()
     prompt_template: Text | None = None
+    chat_template: Annotated[str, Field(min_length=1, max_length=templates.MAX_CHARS)] | None = None
     base_digest: Digest | None = None
     tokenizer_digest: Digest | None = None
     max_length: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
@@ -97,7 +100,7 @@ def read(folder: Path) -> Artifact:
     """
     _check_folder(folder)
     config = parse_config(parse_object(_read_small(folder / CONFIG_FILE), CONFIG_FILE))
-    task = _read_task(folder / TASK_FILE)
+    task = read_task(folder)
     stored = read_tensors(folder / TENSORS_FILE)
     for name, tensor in stored.items():
         if not name.startswith(KEY_PREFIX):
@@ -154,7 +157,9 @@ def _read_small(path: Path) -> bytes:
     return data
 
 
-def _read_task(path: Path) -> TaskCard | None:
+def read_task(folder: Path) -> TaskCard | None:
+    """Reads and checks the task card alone; None where the adapter has none. Raises as `read` does."""
+    path = folder / TASK_FILE
     if not os.path.lexists(path):
         return None
     card = validate(TaskCard, parse_object(_read_small(path), TASK_FILE), TASK_FILE)
@@ -164,4 +169,6 @@ def _read_task(path: Path) -> TaskCard | None:
             reason="UNSUPPORTED_FIELD",
             field="format_version",
         )
+    if card.chat_template is not None:
+        templates.check(card.chat_template, f"{TASK_FILE}: chat_template")
     return card

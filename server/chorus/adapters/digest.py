@@ -50,7 +50,10 @@ def read_verified(folder: Path, *, digest: str, base_digest: str) -> Artifact:
 def _task_identity(task: TaskCard | None) -> dict[str, object] | None:
     if task is None:
         return None
-    return task.model_dump(mode="json", include={"task", "labels", "prompt_template", "max_length"})
+    read: dict[str, object] = task.model_dump(mode="json", include={"task", "labels", "prompt_template", "max_length"})
+    if task.chat_template is not None:  # left out where unset: versions of before it existed keep their digests
+        read["chat_template"] = task.chat_template
+    return read
 
 
 def _little_endian(tensor: torch.Tensor) -> Any:

@@ -20,7 +20,8 @@ class VersionRecord:
     """One immutable version, but for `pinned`. Times are seconds since 1970; sizes are bytes of the tensors as stored.
 
     `task` and `metrics` come from the task card. `request_id` is that of the upload that made the version, or "".
-    `base_digest` is the base it was made for, "" in records of servers that did not keep it.
+    `base_digest` is the base it was made for, "" in records of servers that did not keep it. `chat_template` is the
+    SHA-256 of the adapter's own chat template, "" where it has none.
     """
 
     digest: str
@@ -34,6 +35,7 @@ class VersionRecord:
     metrics: Mapping[str, float] = field(default_factory=dict)
     request_id: str = ""
     base_digest: str = ""
+    chat_template: str = ""
 
 
 @dataclass(frozen=True, slots=True)

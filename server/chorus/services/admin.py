@@ -19,11 +19,11 @@ from chorus.admin.v1 import adapters_pb2, adapters_pb2_grpc
 from chorus.engine.messages import AdapterRef, Loaded
 from chorus.errors import ChorusError, InvalidArgument, ResourceExhausted, Unimplemented
 from chorus.services.catalog import Catalog
+from chorus.services.findings import Findings
 from chorus.services.front_end import EngineFrontEnd
 from chorus.services.identity import Context
 from chorus.services.resources import adapter_message
 from chorus.services.uploads import Uploads, next_request
-from chorus.services.validation import Findings, check_request_id
 from chorus.v1 import adapter_pb2
 
 log = logging.getLogger(__name__)
@@ -211,7 +211,7 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
         if alias:
             check_id(alias, "header.alias")
         findings = Findings()
-        check_request_id(header.request_id, "header.request_id", findings)
+        findings.request_id(header.request_id, "header.request_id")
         findings.raise_any()
         self._uploads.check_header(header)
         return name, alias

@@ -29,6 +29,7 @@ from chorus.models.facts import BaseFacts
 from chorus.models.sites import Site
 from chorus.services.admin import AdaptersServicer, pin_again
 from chorus.services.catalog import Catalog
+from chorus.services.chat import Chat
 from chorus.services.front_end import EngineFrontEnd
 from chorus.services.inference import InferenceServicer
 from chorus.services.interceptors import GuardInterceptor
@@ -102,6 +103,10 @@ class ChorusServer:
     def draining(self) -> bool:
         return self._drain_asked.is_set()
 
+    @property
+    def calls_under_way(self) -> int:
+        return self._lifecycle.calls_under_way
+
     async def start(self) -> Endpoints:
         """Brings everything up; health says SERVING when it returns. Raises what `serve` raises; then `close`."""
         config, facts = self._config, self._served.facts
@@ -159,7 +164,18 @@ class ChorusServer:
 
     async def _start_public(self, catalog: Catalog, text: TextCodec) -> int:
         server = self._grpc_server()
-        servicer = InferenceServicer(self._front_end, catalog, text, self._served.facts, max_rank=self._config.max_rank)
+        chat = Chat(text)
+        self._closers.callback(chat.close)
+        servicer = InferenceServicer(
+            self._front_end,
+            catalog,
+            text,
+            chat,
+            self._served.facts,
+            max_rank=self._config.max_rank,
+            max_outputs=self._config.max_queue,
+            end_call=self._lifecycle.end_call,
+        )
         inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
         add_standard_services(server, self._health, (INFERENCE,), admin=False)
         port = bind(server, self._config.host, self._config.port, "--port")

@@ -28,11 +28,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Leased:
-    """What a call runs on, held until the call ends. For the base model `adapter` is None and the name empty."""
+    """What a call runs on, held until the call ends. For the base model `adapter` is None and the name empty.
+
+    `chat_template` is the SHA-256 of the adapter's own chat template, "" where it has none.
+    """
 
     adapter: AdapterRef | None
     version_name: str
     tenant: str | None
+    chat_template: str = ""
 
 
 class Catalog:
@@ -74,16 +78,22 @@ class Catalog:
             yield Leased(None, "", caller.id)
             return
         name = parse_name(adapter)
-        with self.hold(name) as ref:
-            yield Leased(ref, str(name.version(ref.digest)), caller.acting_on(name.tenant).id)
+        with self._hold(name) as (ref, version):
+            owner = caller.acting_on(name.tenant).id
+            yield Leased(ref, str(name.version(ref.digest)), owner, version.chat_template)
 
     @contextmanager
     def hold(self, name: AdapterName) -> Iterator[AdapterRef]:
         """The version that a name means, kept until the end of the block. Raises NotFound, FailedPrecondition."""
+        with self._hold(name) as (ref, _):
+            yield ref
+
+    @contextmanager
+    def _hold(self, name: AdapterName) -> Iterator[tuple[AdapterRef, VersionRecord]]:
         version, lease = self._registry.hold(name)
         try:
             self._check_base(version)
-            yield AdapterRef(version.digest, str(self._blobs.path(version.digest)))
+            yield AdapterRef(version.digest, str(self._blobs.path(version.digest))), version
         finally:
             self._release(lease)
 
@@ -156,6 +166,7 @@ class Catalog:
             metrics=upload.metrics,
             request_id=request_id,
             base_digest=self._base_digest,
+            chat_template=upload.chat_template,
         )
         failpoints.hit("publish.checked")
         with self._registry.lease(upload.digest):

@@ -23,6 +23,7 @@ from chorus.engine.messages import (
     Loaded,
     LoadFailed,
     Pin,
+    PromptLogprobs,
     QueryResidency,
     ResidencyReport,
     Sampling,
@@ -36,7 +37,8 @@ from chorus.engine.messages import (
 from chorus.errors import BY_CODE, Aborted, ChorusError, InternalError, ResourceExhausted
 from chorus.metrics import Metrics
 from chorus.services.lifecycle import fresh
-from chorus.services.streams import TokenStream
+from chorus.services.pacing import pace
+from chorus.services.streams import StreamEnds, TokenStream
 
 T = TypeVar("T")
 
@@ -59,9 +61,11 @@ class EngineFrontEnd:
         self._queue_tokens = stream_queue_tokens
         self._ids = itertools.count(1)
         self._streams: dict[int, TokenStream] = {}
+        self._ends = StreamEnds(self._end_output, self._release)
         self._loads: defaultdict[str, list[asyncio.Future[Loaded]]] = defaultdict(list)
         self._reports: dict[int, asyncio.Future[ResidencyReport]] = {}
         self._dead_of: ChorusError | None = None
+        self._wake_up: asyncio.TimerHandle | None = None
 
     def post(self, events: StepEvents) -> None:
         """The engine's `on_events`: called on the step thread, once a step."""
@@ -76,6 +80,7 @@ class EngineFrontEnd:
         prompt: tuple[int, ...],
         sampling: Sampling,
         *,
+        n: int = 1,
         adapter: AdapterRef | None = None,
         tenant: str | None = None,
         priority: int = 0,
@@ -85,13 +90,14 @@ class EngineFrontEnd:
         """Hands a request to the engine; the caller must `close` the stream. Raises what the engine died of."""
         stream = TokenStream(
             next(self._ids),
+            n=n,
             tenant=tenant,
             arrived_at=time.monotonic() if arrived_at is None else arrived_at,
             limit=self._queue_tokens,
             metrics=self._metrics,
-            on_close=self._release,
+            ends=self._ends,
         )
-        self._send(Submit(stream.request_id, prompt, sampling, adapter, priority, deadline))
+        self._send(Submit(stream.request_id, prompt, sampling, adapter, priority, deadline, n))
         self._metrics.request_arrived(tenant, len(prompt))
         self._streams[stream.request_id] = stream
         return stream
@@ -131,6 +137,8 @@ class EngineFrontEnd:
         now = time.monotonic()
         for event in step.events:
             self._dispatch(event, now)
+        if self._wake_up is None and any(stream.held for stream in self._streams.values()):
+            self._wake_up = self._loop.call_later(pace(len(self._streams)), self._wake_held)
         self._metrics.step(step)
 
     def fail_streams(self, error: ChorusError) -> None:
@@ -154,19 +162,19 @@ class EngineFrontEnd:
         match event:
             case Tokens():
                 self._on_tokens(event, now)
-            case Started():
+            case Started() | PromptLogprobs():
                 if stream := self._streams.get(event.request_id):
-                    stream.start(event)
+                    stream.note(event)
             case Failed():
                 if stream := self._streams.pop(event.request_id, None):
-                    stream.fail(_error(event.code, event.reason, event.message, event.retry_after_s), now)
+                    stream.fail(_error(event), now)
             case Loaded():
                 self._metrics.adapter_loaded(event.seconds_by_stage)
                 for future in _open(self._loads.pop(event.digest, ())):
                     future.set_result(event)
             case LoadFailed():
                 for future in _open(self._loads.pop(event.digest, ())):
-                    future.set_exception(_error(event.code, event.reason, event.message, event.retry_after_s))
+                    future.set_exception(_error(event))
             case ResidencyReport():
                 for report in _open(filter(None, [self._reports.get(event.query_id)])):
                     report.set_result(event)
@@ -175,16 +183,30 @@ class EngineFrontEnd:
         stream = self._streams.get(event.request_id)
         if stream is None:
             return
-        if not stream.push(event, now):
+        if not stream.push(event, now, pace(len(self._streams))):
             text = f"the stream was read too slowly: more than {self._queue_tokens} tokens were waiting"
             self._fail(stream, ResourceExhausted(text, reason="SLOW_READER", retry_after_s=1.0), now)
-        elif event.finish is not None:
+        elif stream.over:
             del self._streams[event.request_id]
+
+    def _wake_held(self) -> None:
+        self._wake_up = None
+        for stream in self._streams.values():
+            stream.wake()
 
     def _fail(self, stream: TokenStream, error: ChorusError, now: float) -> None:
         """Ends a stream that the engine still works on."""
         stream.fail(error, now)
         self._release(stream)
+
+    def _end_output(self, stream: TokenStream, index: int) -> None:
+        """Takes one output back from the engine; forgets the stream with its last one."""
+        if stream.request_id not in self._streams:
+            return
+        if self._dead_of is None:
+            self._port.send(Abort(stream.request_id, index))
+        if stream.over:
+            del self._streams[stream.request_id]
 
     def _release(self, stream: TokenStream) -> None:
         """Forgets a stream; aborts it unless the engine has ended it, or has ended itself."""
@@ -214,5 +236,6 @@ def _open(futures: Iterable[asyncio.Future[T]]) -> list[asyncio.Future[T]]:
     return [future for future in futures if not future.done()]
 
 
-def _error(code: str, reason: str, message: str, retry_after_s: float | None = None) -> ChorusError:
-    return BY_CODE.get(code, InternalError)(message, reason=reason, retry_after_s=retry_after_s)
+def _error(event: Failed | LoadFailed) -> ChorusError:
+    kind = BY_CODE.get(event.code, InternalError)
+    return kind(event.message, reason=event.reason, retry_after_s=event.retry_after_s)

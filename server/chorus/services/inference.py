@@ -1,40 +1,63 @@
 """chorus.v1.Inference: what tenants call. Handlers only; checks, names, text and tokens have modules of their own."""
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from typing import NoReturn
 
 from chorus import failpoints
 from chorus.adapters.names import parse_adapter_name, parse_tenant_name
-from chorus.errors import InvalidArgument, Unimplemented
+from chorus.engine.messages import Sampling
+from chorus.errors import ChorusError, InvalidArgument, Unimplemented
 from chorus.models.facts import BaseFacts
-from chorus.services.catalog import Catalog
+from chorus.services.catalog import Catalog, Leased
+from chorus.services.chat import Chat
 from chorus.services.completion import Completion
 from chorus.services.front_end import EngineFrontEnd
 from chorus.services.identity import Context, Tenant, tenant_of
+from chorus.services.sampling import MAX_N
+from chorus.services.scoring import score
+from chorus.services.streams import TokenStream
 from chorus.services.text import TextCodec
-from chorus.services.validation import Wish, check_generate, fit
+from chorus.services.validation import Wish, check_fits, check_generate, check_score, fit
 from chorus.v1 import adapter_pb2, generate_pb2, inference_pb2, inference_pb2_grpc, model_pb2, tasks_pb2
 
 log = logging.getLogger(__name__)
 
 VERSION_METADATA = "chorus-adapter-version"
-BUILT_METHODS = ("Generate", "Tokenize", "Detokenize", "ListAdapters", "GetAdapter", "GetModel")
+BUILT_METHODS = ("Generate", "Score", "Tokenize", "Detokenize", "ListAdapters", "GetAdapter", "GetModel")
+
+EndCall = Callable[["asyncio.Task[object]", ChorusError], None]
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServicer):
-    """One base model, answering as the adapter that the caller names."""
+    """One base model, answering as the adapter that the caller names.
+
+    `max_outputs` is how many outputs the engine's queue holds; `end_call` ends a call whatever it waits for.
+    """
 
     def __init__(
-        self, front_end: EngineFrontEnd, catalog: Catalog, text: TextCodec, facts: BaseFacts, *, max_rank: int
+        self,
+        front_end: EngineFrontEnd,
+        catalog: Catalog,
+        text: TextCodec,
+        chat: Chat,
+        facts: BaseFacts,
+        *,
+        max_rank: int,
+        max_outputs: int,
+        end_call: EndCall,
     ) -> None:
         self._front_end = front_end
         self._catalog = catalog
         self._text = text
+        self._chat = chat
         self._facts = facts
-        self._model = _model(facts, text, max_rank)
+        self._max_n = min(MAX_N, max_outputs)
+        self._end_call = end_call
+        self._model = _model(facts, text, chat, max_rank)
 
     async def Generate(
         self, request: generate_pb2.GenerateRequest, context: Context
@@ -42,17 +65,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         arrived_at = time.monotonic()
         await failpoints.hit_async("inference.generate")
         caller = tenant_of(context)
-        wish = check_generate(request, self._facts)
+        wish = check_generate(request, self._facts, self._max_n)
         if wish.stop:
             self._text.require_tokenizer("sampling.stop")
         with self._catalog.lease(request.adapter, caller) as leased:
-            prompt = await self._prompt(request)
+            prompt = await self._prompt(request, leased)
             sampling = fit(wish.sampling, len(prompt), self._facts)
-            await _tell_version(context, leased.version_name)
             with closing(
                 self._front_end.submit(
                     prompt,
                     sampling,
+                    n=wish.n,
                     adapter=leased.adapter,
                     tenant=leased.tenant,
                     priority=wish.priority,
@@ -60,9 +83,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                     arrived_at=arrived_at,
                 )
             ) as stream:
+                await _tell_version(context, leased.version_name)
+                self._end_with(stream)
                 completion = Completion(
                     stream,
                     prompt,
+                    n=wish.n,
                     text=self._text,
                     stop=wish.stop,
                     min_tokens=sampling.min_tokens,
@@ -71,6 +97,30 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
                 async for message in completion.messages():
                     yield message
         _log_done(request, leased.tenant, wish, prompt, arrived_at)
+
+    async def Score(self, request: tasks_pb2.ScoreRequest, context: Context) -> tasks_pb2.ScoreResponse:
+        arrived_at = time.monotonic()
+        caller = tenant_of(context)
+        check_score(request, self._facts)
+        with self._catalog.lease(request.adapter, caller) as leased:
+            prompt, continuations = await self._to_score(request)
+            for i, continuation in enumerate(continuations):
+                check_fits(len(prompt), len(continuation), i, self._facts)
+            deadline = _deadline(context)
+
+            def submit(tokens: tuple[int, ...], sampling: Sampling) -> TokenStream:
+                return self._front_end.submit(
+                    tokens,
+                    sampling,
+                    adapter=leased.adapter,
+                    tenant=leased.tenant,
+                    deadline=deadline,
+                    arrived_at=arrived_at,
+                )
+
+            await _tell_version(context, leased.version_name)
+            scores = await score(submit, prompt, continuations)
+        return tasks_pb2.ScoreResponse(scores=scores, adapter_version=leased.version_name)
 
     async def Tokenize(self, request: tasks_pb2.TokenizeRequest, context: Context) -> tasks_pb2.TokenizeResponse:
         with self._catalog.lease(request.adapter, tenant_of(context)):
@@ -104,13 +154,30 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Embed(self, request: tasks_pb2.EmbedRequest, context: Context) -> tasks_pb2.EmbedResponse:
         _not_built("Embed", "pooled vectors are not served yet")
 
-    async def Score(self, request: tasks_pb2.ScoreRequest, context: Context) -> tasks_pb2.ScoreResponse:
-        _not_built("Score", "log-probabilities are not served yet")
+    async def _prompt(self, request: generate_pb2.GenerateRequest, leased: Leased) -> tuple[int, ...]:
+        match request.WhichOneof("prompt"):
+            case "token_ids":
+                return tuple(request.token_ids.ids)
+            case "messages":
+                return await self._chat.prompt(request.messages.messages, leased)
+            case _:
+                return await self._text.encode(request.text, "text")
 
-    async def _prompt(self, request: generate_pb2.GenerateRequest) -> tuple[int, ...]:
-        if request.WhichOneof("prompt") == "token_ids":
-            return tuple(request.token_ids.ids)
-        return await self._text.encode(request.text, "text")
+    async def _to_score(self, request: tasks_pb2.ScoreRequest) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
+        """Prompt and continuations in tokens."""
+        if request.prompt_token_ids:
+            return tuple(request.prompt_token_ids), [tuple(ids.ids) for ids in request.continuation_token_ids]
+        prompt = await self._text.encode(request.prompt, "prompt")
+        return prompt, [
+            await self._text.encode(text, f"continuations[{i}]", special=False)
+            for i, text in enumerate(request.continuations)
+        ]
+
+    def _end_with(self, stream: TokenStream) -> None:
+        """An error of the stream ends this call even while it waits for its reader to take a message."""
+        task = asyncio.current_task()
+        if task is not None:
+            stream.on_unheard = lambda error: self._end_call(task, error)
 
 
 def _listed_tenant(parent: str, caller: Tenant) -> str:
@@ -153,8 +220,7 @@ def _log_done(
     )
 
 
-def _model(facts: BaseFacts, text: TextCodec, max_rank: int) -> model_pb2.Model:
-    tokenizer = text.tokenizer
+def _model(facts: BaseFacts, text: TextCodec, chat: Chat, max_rank: int) -> model_pb2.Model:
     return model_pb2.Model(
         name=facts.name,
         digest=facts.digest,
@@ -163,13 +229,13 @@ def _model(facts: BaseFacts, text: TextCodec, max_rank: int) -> model_pb2.Model:
         vocab_size=facts.vocab_size,
         dtype=facts.dtype,
         parameter_count=facts.parameter_count,
-        has_tokenizer=tokenizer is not None,
+        has_tokenizer=text.tokenizer is not None,
         max_rank=max_rank,
         sites=[
             model_pb2.ModelSite(name=site.name, in_features=site.in_features, out_features=site.out_features)
             for site in facts.sites
         ],
         eos_token_ids=sorted(facts.eos_token_ids),
-        has_chat_template=bool(tokenizer is not None and tokenizer.chat_template),
+        has_chat_template=chat.base_template is not None,
         methods=BUILT_METHODS,
     )

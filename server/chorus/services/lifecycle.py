@@ -16,7 +16,7 @@ class Lifecycle:
     def __init__(self) -> None:
         self._closed_by: ChorusError | None = None
         self._calls: set[asyncio.Task[object]] = set()
-        self._cancelled: set[asyncio.Task[object]] = set()
+        self._ended_by: dict[asyncio.Task[object], ChorusError] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -47,7 +47,7 @@ class Lifecycle:
             raise
         finally:
             self._calls.discard(task)
-            self._cancelled.discard(task)
+            self._ended_by.pop(task, None)
             if not self._calls:
                 self._idle.set()
 
@@ -60,17 +60,22 @@ class Lifecycle:
             return False
         return True
 
-    def end_calls(self) -> None:
-        """Ends what is still under way; each call raises what the server was closed by."""
-        for task in self._calls - self._cancelled:
-            self._cancelled.add(task)
+    def end_call(self, task: asyncio.Task[object], error: ChorusError) -> None:
+        """Ends one call that is under way, whatever it waits for: it raises `error`. Later errors change nothing."""
+        if task in self._calls and task not in self._ended_by:
+            self._ended_by[task] = error
             task.cancel()
 
+    def end_calls(self) -> None:
+        """Ends what is still under way; each call raises what the server was closed by."""
+        if self._closed_by is not None:
+            for task in self._calls:
+                self.end_call(task, fresh(self._closed_by))
+
     def _instead_of_cancellation(self, task: asyncio.Task[object]) -> ChorusError | None:
-        """The error to give a call that `end_calls` cancelled; None if somebody else did."""
-        if self._closed_by is None or task not in self._cancelled:
-            return None
-        return fresh(self._closed_by) if task.uncancel() == 0 else None
+        """The error to give a call that was cancelled here; None if somebody else did."""
+        error = self._ended_by.get(task)
+        return error if error is not None and task.uncancel() == 0 else None
 
 
 def draining() -> Unavailable:

@@ -31,6 +31,7 @@ def version_message(name: AdapterName, version: VersionRecord) -> adapter_pb2.Ad
         pinned=version.pinned,
         task=version.task,
         metrics=version.metrics,
+        has_chat_template=bool(version.chat_template),
     )
 
 

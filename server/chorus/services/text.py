@@ -34,19 +34,28 @@ class TextCodec:
             self._longest_token = max(map(len, self._backend.get_vocab()), default=1)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="tokenize")
 
-    async def encode(self, text: str, field: str) -> tuple[int, ...]:
-        """`text` as the base sees it, special tokens that the tokenizer adds included.
+    async def encode(self, text: str, field: str, *, special: bool = True) -> tuple[int, ...]:
+        """`text` as the base sees it; `special` adds the special tokens that the tokenizer puts around a text.
 
         Raises:
             FailedPrecondition: the base has no tokenizer.
             InvalidArgument: so long that it can not fit the context, whatever its tokens are.
         """
         backend = self._need(field)
-        if len(text) > self._facts.context_length * self._longest_token:
-            raise prompt_too_long(f"{len(text)} characters", self._facts)
+        self.check_length(len(text))
         if len(text) <= INLINE_CHARS:
-            return _encode(backend, text)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, _encode, backend, text)
+            return _encode(backend, text, special)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, _encode, backend, text, special)
+
+    @property
+    def longest_text(self) -> int:
+        """Characters that fit the context at most, whatever their tokens are."""
+        return self._facts.context_length * self._longest_token
+
+    def check_length(self, characters: int) -> None:
+        """Raises InvalidArgument for a text that can not fit the context, whatever its tokens are."""
+        if characters > self.longest_text:
+            raise prompt_too_long(f"{characters} characters", self._facts)
 
     def decode(self, token_ids: Sequence[int], field: str) -> str:
         """Raises FailedPrecondition without a tokenizer, InvalidArgument for an id outside the vocabulary."""
@@ -59,20 +68,25 @@ class TextCodec:
         text: str = backend.decode(list(token_ids), skip_special_tokens=False)
         return text
 
-    def require_tokenizer(self, field: str) -> None:
-        """Raises FailedPrecondition if the base has none."""
-        self._need(field)
+    def require_tokenizer(self, field: str) -> PreTrainedTokenizerFast:
+        """The tokenizer. Raises FailedPrecondition if the base has none."""
+        if self.tokenizer is None:
+            raise _no_tokenizer(field)
+        return self.tokenizer
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _need(self, field: str) -> Tokenizer:
         if self._backend is None:
-            raise FailedPrecondition(
-                f"{field}: this base model has no tokenizer; send token_ids", reason="NO_TOKENIZER", field=field
-            )
+            raise _no_tokenizer(field)
         return self._backend
 
 
-def _encode(backend: Tokenizer, text: str) -> tuple[int, ...]:
-    return tuple(backend.encode(text).ids)
+def _encode(backend: Tokenizer, text: str, special: bool) -> tuple[int, ...]:
+    return tuple(backend.encode(text, add_special_tokens=special).ids)
+
+
+def _no_tokenizer(field: str) -> FailedPrecondition:
+    text = f"{field}: this base model has no tokenizer; send token ids"
+    return FailedPrecondition(text, reason="NO_TOKENIZER", field=field)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from chorus.adapters import artifact as artifacts
-from chorus.adapters import kinds
+from chorus.adapters import chat_template, kinds
 from chorus.adapters.digest import version_digest
 from chorus.adapters.durable import disk_full_is_resource_exhausted
 from chorus.adapters.kinds import BaseWeight
@@ -43,6 +43,7 @@ class CheckedUpload:
     site_count: int
     task: str
     metrics: Mapping[str, float]
+    chat_template: str
 
 
 class Uploads:
@@ -125,6 +126,7 @@ class Uploads:
         artifact = artifacts.read(folder)
         artifacts.check_base(artifact, self._base_digest)
         lowered = kinds.lower(artifact, self._sites, max_rank=self._max_rank, base_weight=self._base_weight)
+        template = artifact.task.chat_template if artifact.task else None
         return CheckedUpload(
             digest=version_digest(artifact, self._base_digest),
             kind=lowered.kind,
@@ -133,6 +135,7 @@ class Uploads:
             site_count=lowered.site_count,
             task=artifact.task.task if artifact.task else "",
             metrics=dict(artifact.task.metrics) if artifact.task else {},
+            chat_template=chat_template.digest(template) if template else "",
         )
 
     async def _off_loop(self, function: Callable[..., T], *args: object) -> T:
