@@ -1,6 +1,6 @@
 """Engines for tests: small budgets, driven by hand."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,12 +20,23 @@ def reference(base: Path, adapter: Path) -> m.AdapterRef:
 
 @dataclass
 class Run:
-    """What a run gave: tokens by request id, and what happened on the way."""
+    """What a run gave: tokens by request id and by (request id, output), and what happened on the way."""
 
-    tokens: dict[int, list[int]] = field(default_factory=dict)
+    outputs: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    events: list[m.Event] = field(default_factory=list)
     preemptions: int = 0
     evictions: int = 0
     most_adapters: int = 0
+    most_blocks: int = 0
+
+    @property
+    def tokens(self) -> dict[int, list[int]]:
+        """The tokens of each request's first output."""
+        return {request_id: tokens for (request_id, index), tokens in self.outputs.items() if index == 0}
+
+    @property
+    def failed(self) -> dict[int, m.Failed]:
+        return {event.request_id: event for event in self.events if isinstance(event, m.Failed)}
 
 
 def make_engine(
@@ -53,28 +64,42 @@ def make_engine(
     )
 
 
-def run(engine: Engine, arrivals: Mapping[int, list[m.Command]], *, max_steps: int = 2000) -> Run:
+def run(
+    engine: Engine, arrivals: Mapping[int, list[m.Command]], *, may_fail: Collection[int] = (), max_steps: int = 2000
+) -> Run:
     """Steps the engine, sending each step number's commands, until all requests have ended.
 
     Raises:
-        AssertionError: a request failed, or did not end.
+        AssertionError: a request failed that may not, failed twice, got something after its end, or did not end.
     """
     result = Run()
-    waiting = {c.request_id for commands in arrivals.values() for c in commands if isinstance(c, m.Submit)}
+    submits = [c for commands in arrivals.values() for c in commands if isinstance(c, m.Submit)]
+    open_outputs = {(submit.request_id, index) for submit in submits for index in range(submit.n)}
     for number in range(max_steps):
-        step = engine.step(arrivals.get(number, []))
+        commands = arrivals.get(number, [])
+        for abort in [command for command in commands if isinstance(command, m.Abort)]:
+            open_outputs -= {key for key in open_outputs if abort in (m.Abort(key[0]), m.Abort(*key))}
+        step = engine.step(commands)
+        result.events += step.events
         result.preemptions += step.stats.preemptions
         result.evictions += step.stats.evictions
         result.most_adapters = max(result.most_adapters, step.stats.distinct_adapters)
+        result.most_blocks = max(result.most_blocks, engine.blocks.num_blocks - engine.blocks.free_count)
         for event in step.events:
-            assert not isinstance(event, m.Failed | m.LoadFailed), event
-            if isinstance(event, m.Tokens):
-                result.tokens.setdefault(event.request_id, []).extend(event.token_ids)
+            assert not isinstance(event, m.LoadFailed), event
+            if isinstance(event, m.Failed):
+                assert event.request_id in may_fail, event
+                assert event.request_id in {request_id for request_id, _ in open_outputs}, f"fails twice: {event}"
+                open_outputs = {key for key in open_outputs if key[0] != event.request_id}
+            elif isinstance(event, m.Tokens):
+                key = event.request_id, event.index
+                assert key in open_outputs, f"after its end: {event}"
+                result.outputs.setdefault(key, []).extend(event.token_ids)
                 if event.finish:
-                    waiting.discard(event.request_id)
+                    open_outputs.discard(key)
         engine.check_integrity()
-        if not waiting and number >= max(arrivals):
+        if not open_outputs and number >= max(arrivals):
             return result
         if not engine.has_work:
             engine.residency.wait(1.0)
-    raise AssertionError(f"not ended after {max_steps} steps: {waiting}")
+    raise AssertionError(f"not ended after {max_steps} steps: {open_outputs}")

@@ -1,9 +1,7 @@
 """The engine: one step is one turn of the whole machine, and reads like the README's walk of a request."""
 
-import logging
 import time
-import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from chorus import failpoints
@@ -11,18 +9,19 @@ from chorus.adapters import kinds
 from chorus.adapters.digest import read_verified
 from chorus.adapters.pool import AdapterPool
 from chorus.adapters.residency import NO_ADAPTER_ROOM, LoadedHost, LoadOutcome, Residency
+from chorus.engine import blame
 from chorus.engine import messages as m
+from chorus.engine.evaluate import Drawn, evaluate
 from chorus.engine.kv_cache import BlockPool
-from chorus.engine.layout import Layout, lay_out
+from chorus.engine.layout import lay_out
 from chorus.engine.memory import MemoryPlan
 from chorus.engine.runner import Runner
-from chorus.engine.sampler import NOT_FINITE, sample
-from chorus.engine.scheduler import Schedule, Scheduler
-from chorus.engine.sequence import Sequence
+from chorus.engine.sampler import NOT_FINITE
+from chorus.engine.schedule import Chunk, Sampled, Schedule
+from chorus.engine.scheduler import Scheduler
+from chorus.engine.sequence import Key, outputs_of
 from chorus.errors import ChorusError, DeadlineExceeded, InternalError
 from chorus.models.base import Base
-
-logger = logging.getLogger(__name__)
 
 
 class ResidencyGate:
@@ -88,15 +87,15 @@ class Engine:
         for outcome in self.residency.advance():
             self._report_load(outcome, events)
         schedule = self.scheduler.schedule(began)
-        events += [_failed(seq, DeadlineExceeded("the deadline passed")) for seq in schedule.expired]
+        events += [_failed(request_id, DeadlineExceeded("the deadline passed")) for request_id in schedule.expired]
         events += [m.Started(seq.request_id, began, seq.adapter_wait) for seq in schedule.started]
         for seq in schedule.started:
             if seq.adapter:
                 self.residency.count_start(seq.adapter.digest, waited=seq.adapter_wait > 0)
-        layout = lay_out(schedule.chunks)
-        if schedule.chunks:
-            events += self._run(schedule, layout)
-        return m.StepEvents(tuple(events), self._stats(schedule, layout, began), ran=bool(schedule.chunks))
+        slots = schedule.slots()
+        told = self._run(schedule) if schedule.chunks else []
+        stats = self._stats(schedule, slots, told, began)
+        return m.StepEvents((*events, *told), stats, ran=bool(schedule.chunks))
 
     def check_integrity(self) -> None:
         """Raises AssertionError when pages, references or rank rows do not add up."""
@@ -106,38 +105,36 @@ class Engine:
     def close(self) -> None:
         self.residency.close()
 
-    def _run(self, schedule: Schedule, layout: Layout) -> list[m.Event]:
-        try:
-            failpoints.hit("engine.forward")
-            logits = self._runner.forward(layout)
-            tokens = sample(logits, [chunk.seq for chunk in layout.sampled], self._eos)
-        except Exception as error:
-            return self._fail_all([chunk.seq for chunk in schedule.chunks], error)
-        by_request = {c.seq.request_id: token for c, token in zip(layout.sampled, tokens, strict=True)}
-        events = self._fail_not_finite([c.seq for c in layout.sampled if by_request[c.seq.request_id] == NOT_FINITE])
-        events += [
-            m.Tokens(seq.request_id, (seq.output[-1],), finish)
-            for seq, finish in self.scheduler.advance(schedule, by_request)
-        ]
+    def _run(self, schedule: Schedule) -> list[m.Event]:
+        """Computes what was scheduled and books it; a request that can not be computed fails, the others go on."""
+        drawn, guilty = blame.run(schedule.chunks, self._compute)
+        events: list[m.Event] = []
+        for request_ids, error in guilty:
+            events += self._fail(request_ids, blame.charge(error))
+        not_finite = [request_id for (request_id, _), it in drawn.items() if it.token == NOT_FINITE]
+        events += self._fail(not_finite, InternalError("the model's output is not finite", reason="NOT_FINITE"))
+        for sampled in self.scheduler.advance(schedule, {key: it.token for key, it in drawn.items()}):
+            events += _told(sampled, drawn.get(sampled.seq.key))
         return events
 
-    def _fail_all(self, sequences: list[Sequence], error: Exception) -> list[m.Event]:
-        incident = uuid.uuid4().hex[:12]
-        logger.error("step failed, incident %s", incident, exc_info=error)
-        self.scheduler.discard(sequences)
-        return [_failed(seq, InternalError(f"the step failed; incident {incident}")) for seq in sequences]
+    def _compute(self, chunks: Sequence[Chunk]) -> dict[Key, Drawn]:
+        layout = lay_out(chunks)
+        failpoints.hit("engine.forward", layout.token_ids)
+        return evaluate(self._runner, layout, self._eos).tokens
 
-    def _fail_not_finite(self, sequences: list[Sequence]) -> list[m.Event]:
-        self.scheduler.discard(sequences)
-        error = InternalError("the model's output is not finite", reason="NOT_FINITE")
-        return [_failed(seq, error) for seq in sequences]
+    def _fail(self, request_ids: Iterable[int], error: ChorusError) -> list[m.Event]:
+        """Ends those requests that are still here, all outputs of each with one event."""
+        return [_failed(request_id, error) for request_id in self.scheduler.discard(request_ids)]
 
     def _apply(self, command: m.Command, now: float, events: list[m.Event]) -> None:
         match command:
             case m.Submit():
-                self._submit(command, now, events)
-            case m.Abort(request_id):
-                self.scheduler.abort(request_id)
+                try:
+                    self.scheduler.add(outputs_of(command, now), now)
+                except ChorusError as error:
+                    events.append(_failed(command.request_id, error))
+            case m.Abort(request_id, index):
+                self.scheduler.abort(request_id, index)
             case m.Load(adapter):
                 self._request(adapter, events)
             case m.Pin(adapter):
@@ -149,21 +146,6 @@ class Engine:
                 self.residency.unload(digest)
             case m.QueryResidency(query_id):
                 events.append(self._residency_report(query_id))
-
-    def _submit(self, command: m.Submit, now: float, events: list[m.Event]) -> None:
-        seq = Sequence(
-            request_id=command.request_id,
-            prompt=command.prompt,
-            sampling=command.sampling,
-            adapter=command.adapter,
-            priority=command.priority,
-            deadline=command.deadline,
-            arrival=now,
-        )
-        try:
-            self.scheduler.add(seq, now)
-        except ChorusError as error:
-            events.append(_failed(seq, error))
 
     def _request(self, adapter: m.AdapterRef, events: list[m.Event]) -> None:
         if self.residency.on_device(adapter.digest):
@@ -178,7 +160,7 @@ class Engine:
             return
         events.append(m.LoadFailed(outcome.digest, error.code, error.reason, error.message, error.retry_after_s))
         if error.reason != NO_ADAPTER_ROOM:  # whoever waits for room asks again
-            events += [_failed(seq, error) for seq in self.scheduler.fail_adapter(outcome.digest)]
+            events += [_failed(request_id, error) for request_id in self.scheduler.fail_adapter(outcome.digest)]
 
     def _residency_report(self, query_id: int) -> m.ResidencyReport:
         return m.ResidencyReport(
@@ -195,17 +177,17 @@ class Engine:
             kv_blocks_used=self.blocks.num_blocks - self.blocks.free_count,
         )
 
-    def _stats(self, schedule: Schedule, layout: Layout, began: float) -> m.StepStats:
+    def _stats(self, schedule: Schedule, slots: set[int], told: list[m.Event], began: float) -> m.StepStats:
         residents = self.residency.residents()
         evictions, hits = self._counted
         self._counted = (self.residency.evictions, self.residency.hits)
         return m.StepStats(
             seconds=time.monotonic() - began,
-            rows=len(layout.rows),
+            rows=len(schedule.chunks),
             prompt_tokens=sum(max(min(c.start + c.count, len(c.seq.prompt)) - c.start, 0) for c in schedule.chunks),
-            generated_tokens=len(layout.sampled),
-            distinct_adapters=len(layout.slots),
-            kinds=self.residency.kinds_of(layout.slots),
+            generated_tokens=sum(len(event.token_ids) for event in told if isinstance(event, m.Tokens)),
+            distinct_adapters=len(slots),
+            kinds=self.residency.kinds_of(slots),
             preemptions=len(schedule.preempted),
             evictions=self.residency.evictions - evictions,
             adapter_hits=self.residency.hits - hits,
@@ -242,5 +224,14 @@ def _loader(base: Base, max_rank: int) -> Callable[[str, str], LoadedHost]:
     return load
 
 
-def _failed(seq: Sequence, error: ChorusError) -> m.Failed:
-    return m.Failed(seq.request_id, error.code, error.reason, error.message, error.retry_after_s)
+def _told(sampled: Sampled, drawn: Drawn | None) -> Iterator[m.Event]:
+    """What the front end hears of a sequence's new token, or of the end of one that asked for none."""
+    seq, finish = sampled
+    if seq.sampling.prompt_logprobs is not None and len(seq.output) <= 1:
+        yield m.PromptLogprobs(seq.request_id, tuple(seq.prompt_logprobs))
+    logprobs = (drawn.logprob,) if drawn and drawn.logprob else ()
+    yield m.Tokens(seq.request_id, tuple(seq.output[-1:]), finish, seq.index, logprobs)
+
+
+def _failed(request_id: int, error: ChorusError) -> m.Failed:
+    return m.Failed(request_id, error.code, error.reason, error.message, error.retry_after_s)

@@ -2,34 +2,50 @@
 
     slot:     none   0     0     2        2
     rows:   | dec |dec| prefill |dec|  prefill  |      -> segments (1..6, slot 0), (6..11, slot 2)
-    sampled rows: the last row of each chunk that samples -> a second, shorter table for lm_head
+    logits:   ^    ^         ^   ^   ^ ^ ^ ^ ^         -> a second, shorter table for lm_head
+              sampled: the last row of each chunk that samples
+                                     scored: rows that predict prompt tokens whose log-probabilities were asked for
 
 Knows sequences and numbers, no tensors.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
 from chorus.adapters.pool import SlotSegment
-from chorus.engine.scheduler import Chunk
+from chorus.engine import sequence
+from chorus.engine.schedule import Chunk
 from chorus.kernels import AttentionRow
 
 
+class Scored(NamedTuple):
+    """Logits of a sequence's `positions`, each of which predicts the token after it, from row `first` of L on."""
+
+    seq: sequence.Sequence
+    first: int
+    positions: range
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.seq.prompt[self.positions.start + 1 : self.positions.stop + 1]
+
+
 class Layout(NamedTuple):
-    """One packed batch of T rows, S of which are sampled. `sampled` lists the chunks that sample, in row order."""
+    """One packed batch of T rows. Of L of them, `logit_rows`, the logits are computed: S are sampled, others scored.
+
+    `sampled` lists the chunks that sample, in row order; the logits of `sampled[i]` are row `sampled_at[i]` of L.
+    """
 
     token_ids: list[int]
     positions: list[int]
     rows: list[AttentionRow]
     segments: tuple[SlotSegment, ...]
+    logit_rows: list[int]
+    logit_segments: tuple[SlotSegment, ...]
     sampled: list[Chunk]
-    sample_rows: list[int]
-    sample_segments: tuple[SlotSegment, ...]
-
-    @property
-    def slots(self) -> set[int]:
-        return {segment.slot for segment in self.segments}
+    sampled_at: list[int]
+    scored: list[Scored]
 
 
 def lay_out(chunks: Sequence[Chunk]) -> Layout:
@@ -38,32 +54,42 @@ def lay_out(chunks: Sequence[Chunk]) -> Layout:
     token_ids: list[int] = []
     positions: list[int] = []
     rows: list[AttentionRow] = []
-    sample_rows: list[int] = []
+    logit_rows: list[int] = []
+    logit_counts: list[tuple[int, int]] = []
+    sampled_at: list[int] = []
+    scored: list[Scored] = []
     for chunk in chunks:
-        first = len(token_ids)
+        first, logits_before = len(token_ids), len(logit_rows)
         token_ids += chunk.seq.token_slice(chunk.start, chunk.count)
         positions += range(chunk.start, chunk.start + chunk.count)
         rows.append(AttentionRow(first, len(token_ids), chunk.start + chunk.count, chunk.seq.blocks))
+        if untold := chunk.seq.untold_rows(chunk.start, chunk.count):
+            scored.append(Scored(chunk.seq, len(logit_rows), untold))
+            logit_rows += range(first + untold.start - chunk.start, first + untold.stop - chunk.start)
         if chunk.samples:
-            sample_rows.append(len(token_ids) - 1)
-    sampled = [chunk for chunk in chunks if chunk.samples]
+            sampled_at.append(len(logit_rows))
+            logit_rows.append(len(token_ids) - 1)
+        logit_counts.append((chunk.seq.slot, len(logit_rows) - logits_before))
     return Layout(
         token_ids=token_ids,
         positions=positions,
         rows=rows,
-        segments=_segments(chunks, lambda chunk: chunk.count),
-        sampled=sampled,
-        sample_rows=sample_rows,
-        sample_segments=_segments(sampled, lambda _: 1),
+        segments=_segments((chunk.seq.slot, chunk.count) for chunk in chunks),
+        logit_rows=logit_rows,
+        logit_segments=_segments(logit_counts),
+        sampled=[chunk for chunk in chunks if chunk.samples],
+        sampled_at=sampled_at,
+        scored=scored,
     )
 
 
-def _segments(chunks: Sequence[Chunk], rows_of: Callable[[Chunk], int]) -> tuple[SlotSegment, ...]:
+def _segments(counts: Iterable[tuple[int, int]]) -> tuple[SlotSegment, ...]:
+    """Of (slot, rows) in row order: one segment for each slot that has rows."""
     segments = []
     start = 0
-    for slot, group in groupby(chunks, key=lambda c: c.seq.slot):
-        end = start + sum(rows_of(chunk) for chunk in group)
-        if slot >= 0:
+    for slot, group in groupby(counts, key=lambda count: count[0]):
+        end = start + sum(rows for _, rows in group)
+        if slot >= 0 and end > start:
             segments.append(SlotSegment(start, end, slot))
         start = end
     return tuple(segments)

@@ -25,7 +25,7 @@ class Runner:
 
     @torch.inference_mode()
     def forward(self, layout: Layout) -> Tensor:
-        """Logits [S, V] of the layout's sampled rows; the keys and values of all its rows are in the cache then."""
+        """Logits [L, V] of the layout's `logit_rows`; the keys and values of all its rows are in the cache then."""
         device = self._base.device
         self._set_plans(layout)
         step = StepAttention(AttentionPlan(layout.rows, self._block_size, device), self._k_cache, self._v_cache)
@@ -33,15 +33,15 @@ class Runner:
             input_ids=torch.tensor([layout.token_ids], device=device),
             position_ids=torch.tensor([layout.positions], device=device),
             use_cache=False,
-            logits_to_keep=torch.tensor(layout.sample_rows, dtype=torch.int64, device=device),
+            logits_to_keep=torch.tensor(layout.logit_rows, dtype=torch.int64, device=device),
             chorus_step=step,
         )
         logits: Tensor = output.logits[0]
         return logits
 
     def _set_plans(self, layout: Layout) -> None:
-        """Tells each adapted linear what to add; lm_head sees the sampled rows only and has a table of its own."""
+        """Tells each adapted linear what to add; lm_head sees the logits' rows only and has a table of its own."""
         plans = self._pool.plans(layout.segments)
-        head_plans = self._pool.plans(layout.sample_segments)
+        head_plans = self._pool.plans(layout.logit_segments)
         for name, linear in self._base.linears.items():
             linear.plan = (head_plans if linear.site.is_lm_head else plans).get(name)

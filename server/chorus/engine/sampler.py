@@ -1,36 +1,46 @@
 """Draws the next token of each row. What the parameters mean is what vLLM means by them.
 
-Noise is one number per row, a function of (seed, position in the output) alone, never of the batch; it is made on the
-host, so it needs no generator state and survives preemption. A token is drawn by inverting the cumulative distribution
-there. Order: min_tokens' bans, temperature, min_p, top_k, top_p.
+Order: logit_bias, penalties, min_tokens' bans (`chorus.engine.penalties`), temperature, min_p, top_k, top_p
+(`chorus.engine.filters`). Noise is one number per row, a function of (seed, position in the output) alone, never of the
+batch; it is made on the host, so it needs no generator state and survives preemption. A token is drawn by inverting the
+cumulative distribution there (`chorus.engine.inversion`).
 """
 
 import hashlib
 import struct
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import torch
 from torch import Tensor
 
+from chorus.engine import penalties
+from chorus.engine.filters import keep
+from chorus.engine.inversion import invert
+from chorus.engine.messages import Sampling
 from chorus.engine.sequence import Sequence
 
 # Below this a temperature is greedy: dividing by it would overflow.
 GREEDY_TEMPERATURE = 1e-5
 # What `sample` gives for a row whose logits are not finite.
 NOT_FINITE = -1
+# So many tokens of a row are ranked, then more, then all, until none is missing that may be drawn. For 32 rows of
+# 151,936 on 2 cores that takes 3 ms, 11 ms and 220 ms; 256 would take 5 ms, and 0.6 ms instead of 0.1 for 16 of 8,192.
+WIDTHS = (64, 1024)
+# Fewer than all, if all are at least so many times as many: else a sort of them all takes no longer.
+WORTHWHILE = 8
 
 
 @torch.inference_mode()
 def sample(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> list[int]:
-    """The next token of each row of logits [S, V]; NOT_FINITE where a row holds NaN or only -inf."""
-    _ban_early_stops(logits, sequences, eos_token_ids)
+    """The next token of each row of logits [S, V]; NOT_FINITE where a row holds NaN, infinity or nothing to draw."""
     best, tokens = logits.max(dim=-1)
     finite = torch.isfinite(best)
-    drawn = [i for i, seq in enumerate(sequences) if seq.sampling.temperature > GREEDY_TEMPERATURE]
-    if drawn:
-        index = torch.tensor(drawn, device=logits.device)
-        rows = logits.index_select(0, index).nan_to_num(nan=0.0)
-        tokens = tokens.index_copy(0, index, _draw(rows, [sequences[i] for i in drawn]))
+    others = [i for i, seq in enumerate(sequences) if not _is_likeliest(seq)]
+    if others:
+        index = torch.tensor(others, device=logits.device)
+        rows = logits.index_select(0, index).float()
+        tokens = tokens.index_copy(0, index, _choose(rows, [sequences[i] for i in others], eos_token_ids))
     return torch.where(finite, tokens, NOT_FINITE).tolist()
 
 
@@ -40,50 +50,75 @@ def uniform(seed: int, position: int) -> float:
     return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def filter_probabilities(logits: Tensor, temperature: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Probabilities [S, V] in float64 after temperature, min_p, top_k and top_p (each [S]); they add up to 1 per row.
-
-    top_k 0 keeps all; of several tokens with the k-th probability those with the smallest ids are kept.
-    """
-    scaled = logits.to(torch.float64) / temperature[:, None].to(torch.float64)
-    probabilities = torch.softmax(scaled, dim=-1)
-    vocabulary = logits.shape[-1]
-    if bool((min_p > 0).any()):
-        floor = probabilities.amax(dim=-1, keepdim=True) * min_p[:, None]
-        probabilities = probabilities.masked_fill(probabilities < floor, 0)
-    if bool((top_k > 0).any()) or bool((top_p < 1).any()):
-        ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        kept = torch.where((top_k > 0) & (top_k < vocabulary), top_k, vocabulary)
-        ranked = ranked.masked_fill(torch.arange(vocabulary, device=logits.device) >= kept[:, None], 0)
-        ranked = ranked / ranked.sum(dim=-1, keepdim=True)
-        before = ranked.cumsum(dim=-1) - ranked  # mass of the likelier tokens; the likeliest always stays
-        ranked = ranked.masked_fill((before >= top_p[:, None]) & (top_p < 1)[:, None], 0)
-        probabilities = torch.zeros_like(ranked).scatter_(-1, order, ranked)
-    return probabilities / probabilities.sum(dim=-1, keepdim=True)
+def _is_likeliest(seq: Sequence) -> bool:
+    """Whether its token is just the model's likeliest."""
+    return seq.sampling.temperature <= GREEDY_TEMPERATURE and not penalties.changes_logits(seq)
 
 
-def _draw(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)
-
-    probabilities = filter_probabilities(
-        logits,
-        column([s.sampling.temperature for s in sequences]),
-        column([s.sampling.min_p for s in sequences]),
-        torch.tensor([s.sampling.top_k for s in sequences], device=logits.device),
-        column([s.sampling.top_p for s in sequences]),
-    )
-    noise = column([uniform(s.sampling.seed, len(s.output)) for s in sequences])
-    cumulative = probabilities.cumsum(dim=-1)
-    total = cumulative[:, -1]
-    # Strictly below the total, whatever the rounding: then the first entry above it is a token with mass.
-    target = torch.minimum(noise * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-
-
-def _ban_early_stops(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> None:
-    """Rows under their min_tokens can not draw what would end them."""
+def _choose(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> Tensor:
+    """The next token of each row of float32 logits [S, V], which it changes; NOT_FINITE where nothing is left."""
+    penalties.apply(logits, sequences, eos_token_ids)
+    ways: dict[Callable[[Tensor, Seq[Sequence]], Tensor], list[int]] = {}
     for row, seq in enumerate(sequences):
-        if len(seq.output) < seq.sampling.min_tokens:
-            banned = [*eos_token_ids, *seq.sampling.stop_token_ids]
-            logits[row, banned] = float("-inf")
+        ways.setdefault(_way(seq.sampling, logits.shape[-1]), []).append(row)
+    tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
+    for choose, rows in ways.items():
+        index = torch.tensor(rows, device=logits.device)
+        theirs = logits if len(ways) == 1 else logits.index_select(0, index)
+        tokens[index] = choose(theirs, [sequences[row] for row in rows])
+    return tokens
+
+
+def _way(sampling: Sampling, vocabulary: int) -> Callable[[Tensor, Seq[Sequence]], Tensor]:
+    if sampling.temperature <= GREEDY_TEMPERATURE:
+        return _likeliest
+    return _draw_filtered if 0 < sampling.top_k < vocabulary or sampling.top_p < 1 else _draw_of_all
+
+
+def _likeliest(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+    best, tokens = logits.max(dim=-1)
+    return torch.where(torch.isfinite(best), tokens, NOT_FINITE)
+
+
+def _draw_of_all(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+    return invert(_weights(logits, sequences), _noise(sequences, logits.device))
+
+
+def _draw_filtered(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+    """Ranks a few tokens of each row, and more of those rows whose filters keep more."""
+    device, vocabulary = logits.device, logits.shape[-1]
+    weights, noise = _weights(logits, sequences), _noise(sequences, device)
+    top_k = torch.tensor([seq.sampling.top_k for seq in sequences], device=device)
+    top_p = _column([seq.sampling.top_p for seq in sequences], device)
+    tokens = torch.full((len(sequences),), NOT_FINITE, device=device)
+    rows = torch.arange(len(sequences), device=device)
+    for width in (*(width for width in WIDTHS if width <= vocabulary // WORTHWHILE), vocabulary):
+        kept = keep(weights, top_k, top_p, width)
+        place = invert(kept.weights, noise)
+        tokens[rows] = torch.where(place >= 0, kept.ids.gather(-1, place.clamp(min=0)[:, None])[:, 0], NOT_FINITE)
+        rest = (~kept.complete).nonzero()[:, 0]
+        if not len(rest):
+            break
+        weights, noise, top_k, top_p, rows = weights[rest], noise[rest], top_k[rest], top_p[rest], rows[rest]
+    return tokens
+
+
+def _weights(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+    """Turns float32 logits [S, V] into weights after temperature and min_p: a token's probability over the likeliest's.
+
+    In place: 32 rows of 151,936 on 2 cores take 4 ms so, and 33 ms with float64 in new memory.
+    """
+    temperature = _column([seq.sampling.temperature for seq in sequences], logits.device).float()
+    weights = logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(temperature[:, None]).exp_()
+    if any(seq.sampling.min_p > 0 for seq in sequences):
+        min_p = _column([seq.sampling.min_p for seq in sequences], logits.device).float()
+        weights.masked_fill_(weights < min_p[:, None], 0)
+    return weights
+
+
+def _noise(sequences: Seq[Sequence], device: torch.device) -> Tensor:
+    return _column([uniform(seq.sampling.seed, len(seq.output)) for seq in sequences], device)
+
+
+def _column(values: list[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)

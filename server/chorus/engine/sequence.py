@@ -1,4 +1,4 @@
-"""One request inside the engine: its tokens, how many of them are in the KV cache, and where.
+"""One output of a request inside the engine: its tokens, how many of them are in the KV cache, and where.
 
     tokens   [ prompt ............................ | output ............ ]
     cache    [ computed ............... |  remaining, 1 while decoding   ]
@@ -7,12 +7,17 @@
 Knows nothing of the text, of streams or of the device. The scheduler and the pool are the only ones that change it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from chorus.engine.messages import AdapterRef, FinishReason, Sampling
+from chorus.engine.messages import AdapterRef, FinishReason, Sampling, Submit, TokenLogprob
+from chorus.engine.token_counts import TokenCounts
 
 NO_SLOT = -1
+SEEDS = 2**64
+
+Key = tuple[int, int]
+"""A request's id and the index of its output."""
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +32,8 @@ class Sequence:
     """Smaller runs earlier."""
     deadline: float | None = None
     arrival: float = 0.0
+    index: int = 0
+    """Which of the request's outputs it is."""
 
     output: list[int] = field(default_factory=list)
     computed: int = 0
@@ -43,6 +50,14 @@ class Sequence:
     """Position in the order of arrival; set by the scheduler, as is `max_length`."""
     max_length: int = 0
     """Tokens, prompt included, at which it ends: the caller's limit, the context's or the cache's."""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of the prompt's tokens from `sampling.prompt_logprobs_from` on, as far as they are known; kept when preempted."""
+    counts: TokenCounts | None = None
+    """How often it has which token, once a penalty needs it; kept up to date by `chorus.engine.penalties`."""
+
+    @property
+    def key(self) -> Key:
+        return self.request_id, self.index
 
     @property
     def length(self) -> int:
@@ -53,6 +68,16 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens to compute before the next one can be sampled: 1 while decoding."""
         return self.length - self.computed
+
+    def untold_rows(self, start: int, count: int) -> range:
+        """Positions of `[start, start + count)` whose logits give the next log-probabilities of the prompt.
+
+        Row p tells token p + 1. Empty for what is known already, so a chunk that is computed again tells nothing twice.
+        """
+        if self.sampling.prompt_logprobs is None:
+            return range(0)
+        first = self.sampling.prompt_logprobs_from - 1 + len(self.prompt_logprobs)
+        return range(max(start, first), min(start + count, len(self.prompt) - 1))
 
     def token_slice(self, start: int, count: int) -> list[int]:
         """Tokens `[start, start + count)` of prompt and output together, in O(count)."""
@@ -72,3 +97,21 @@ class Sequence:
             if token in sampling.stop_token_ids:
                 return FinishReason.STOP
         return FinishReason.LENGTH if self.length >= self.max_length else None
+
+
+def outputs_of(submit: Submit, now: float) -> list[Sequence]:
+    """The sequences of a request that arrived `now`: output i draws with `seed + i`; the first one reads the prompt."""
+    asked = submit.sampling
+    return [
+        Sequence(
+            request_id=submit.request_id,
+            prompt=submit.prompt,
+            sampling=asked if index == 0 else replace(asked, seed=(asked.seed + index) % SEEDS, prompt_logprobs=None),
+            adapter=submit.adapter,
+            priority=submit.priority,
+            deadline=submit.deadline,
+            arrival=now,
+            index=index,
+        )
+        for index in range(submit.n)
+    ]

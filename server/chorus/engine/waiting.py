@@ -3,6 +3,7 @@
     ""      [ seq 3, seq 8 ]              the base model
     ab12…   [ seq 1, seq 4, seq 5 ]       missing
     ff07…   [ seq 2 ]
+    aside   { request 9: [ seq 6, seq 7 ] }       they wait for the pages that another output of theirs computes
 
 Sorted lists, not heaps: whatever leaves is gone at once, from any position, for two bisections and a memmove of at most
 `max_queue` pointers. A step merges the groups' heads, so it costs the number of adapters waited for, not of sequences.
@@ -79,6 +80,7 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._groups: dict[str, WaitingGroup] = {}
+        self._aside: dict[int, list[Sequence]] = {}
 
     @property
     def for_adapter(self) -> int:
@@ -88,7 +90,28 @@ class WaitingQueue:
     def push(self, seq: Sequence, now: float) -> None:
         self._groups.setdefault(_digest(seq), WaitingGroup()).add(seq, now)
 
+    def set_aside(self, seq: Sequence) -> None:
+        """Out of turn, until `recall`: it waits for another output of its request, which runs."""
+        self.remove(seq)
+        self._aside.setdefault(seq.request_id, []).append(seq)
+
+    def recall(self, request_id: int, now: float) -> None:
+        """Gives those of a request that were set aside their turn again."""
+        for seq in self._aside.pop(request_id):
+            self.push(seq, now)
+
+    def aside(self) -> list[Sequence]:
+        """One sequence of each request that has some aside."""
+        return [outputs[0] for outputs in self._aside.values()]
+
     def remove(self, seq: Sequence) -> None:
+        """Takes a waiting sequence out, wherever it is."""
+        aside = self._aside.get(seq.request_id, [])
+        if seq in aside:
+            aside.remove(seq)
+            if not aside:
+                del self._aside[seq.request_id]
+            return
         digest = _digest(seq)
         group = self._groups[digest]
         group.queue.remove(seq)
@@ -98,7 +121,8 @@ class WaitingQueue:
     def of_adapter(self, digest: str) -> list[Sequence]:
         """The waiting sequences of one adapter, in order."""
         group = self._groups.get(digest)
-        return list(group.queue) if group else []
+        aside = [seq for outputs in self._aside.values() for seq in outputs if _digest(seq) == digest]
+        return sorted([*(group.queue if group else ()), *aside], key=rank)
 
     def heads(self) -> list[tuple[Key, WaitingGroup]]:
         """The groups in the order of their first sequences, with its rank."""
@@ -110,7 +134,10 @@ class WaitingQueue:
             ranks = [rank(seq) for seq in group.queue]
             if not ranks or ranks != sorted(set(ranks)) or any(_digest(seq) != digest for seq in group.queue):
                 raise RuntimeError(f"the queue of adapter {digest!r} is broken")
-        return [seq for group in self._groups.values() for seq in group.queue]
+        aside = [seq for outputs in self._aside.values() for seq in outputs]
+        if not all(self._aside.values()):
+            raise RuntimeError("a request has nothing aside and is kept")
+        return aside + [seq for group in self._groups.values() for seq in group.queue]
 
 
 def _digest(seq: Sequence) -> str:

@@ -1,0 +1,60 @@
+"""What a step is made of, and how it is filled."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from chorus.engine.messages import FinishReason
+from chorus.engine.sequence import NO_SLOT, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `[start, start + count)` of a sequence; `samples` if the logits of the last one are sampled."""
+
+    seq: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+class Schedule(NamedTuple):
+    """One step: its chunks, decodes first, and who joined or left the running ones on the way.
+
+    `started` holds a sequence of each request that runs for the first time, `expired` the ids of requests.
+    """
+
+    chunks: tuple[Chunk, ...]
+    preempted: tuple[Sequence, ...]
+    started: tuple[Sequence, ...]
+    expired: tuple[int, ...]
+
+    def slots(self) -> set[int]:
+        """The adapters' slots that the step's sequences have while they run."""
+        return {chunk.seq.slot for chunk in self.chunks} - {NO_SLOT}
+
+
+class Sampled(NamedTuple):
+    """A sequence that got a token, the last of its output, and why it ended with it if it did.
+
+    Who asked for no tokens at all ends with an empty output.
+    """
+
+    seq: Sequence
+    finish: FinishReason | None
+
+
+class Plan:
+    """The step being laid out, and the tokens that it may still take."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.chunks: list[Chunk] = []
+        self.preempted: list[Sequence] = []
+        self.started: list[Sequence] = []
+
+    def compute(self, seq: Sequence) -> None:
+        """Gives a sequence as much of what it needs as there is left."""
+        count = min(seq.remaining, self.budget)
+        samples = count == seq.remaining and seq.sampling.max_tokens > 0
+        self.chunks.append(Chunk(seq, seq.computed, count, samples))
+        self.budget -= count
