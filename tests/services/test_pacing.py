@@ -1,15 +1,14 @@
-"""Many streams share the interpreter: what comes between an output's first and last tokens may wait for a moment."""
+"""The step thread wakes the event loop for what cannot wait; tokens in the middle of many answers go together."""
 
 import asyncio
-import time
 
 import pytest
 
-from chorus.engine.messages import Command, FinishReason, Sampling, StepEvents, Tokens
+from chorus.engine.messages import Command, Event, FinishReason, Loaded, Sampling, StepEvents, StepStats, Tokens
 from chorus.metrics import Metrics
 from chorus.services.front_end import EngineFrontEnd
 from chorus.services.pacing import LONGEST_S, pace
-from chorus.services.streams import Ready, TokenStream
+from chorus.services.streams import TokenStream
 
 STREAMS = 64
 
@@ -19,73 +18,80 @@ class Silent:
         pass
 
 
+class Line:
+    """A front end with many running streams, and the engine's clock."""
+
+    def __init__(self) -> None:
+        self.front_end = EngineFrontEnd(
+            Silent(), asyncio.get_running_loop(), Metrics(), stream_queue_tokens=1000
+        )  # fmt: skip
+        self.streams = [self.front_end.submit((1, 2), Sampling(max_tokens=100)) for _ in range(STREAMS)]
+        self.now = 1000.0
+
+    def post(self, *events: Event, ran: bool = True, running: int = STREAMS, after: float = 0.001) -> None:
+        """One step of the engine, `after` seconds after the one before."""
+        self.now += after
+        self.front_end.post(StepEvents(events, StepStats(running=running), ran=ran, at=self.now))
+
+    def everybody(self, token: int) -> list[Event]:
+        return [Tokens(stream.request_id, (token,)) for stream in self.streams]
+
+
 @pytest.fixture
-async def front_end() -> EngineFrontEnd:
-    return EngineFrontEnd(Silent(), asyncio.get_running_loop(), Metrics(), stream_queue_tokens=1000)
+async def line() -> Line:
+    """Every stream has had its first token, just now."""
+    line = Line()
+    line.post(*line.everybody(5))
+    for stream in line.streams:
+        assert await read(stream) == (5,)
+    return line
 
 
-def submit(front_end: EngineFrontEnd, streams: int) -> list[TokenStream]:
-    return [front_end.submit((1, 2), Sampling(max_tokens=100)) for _ in range(streams)]
-
-
-def tell(front_end: EngineFrontEnd, streams: list[TokenStream], token: int, finish: FinishReason | None = None) -> None:
-    front_end.deliver(StepEvents(tuple(Tokens(stream.request_id, (token,), finish) for stream in streams)))
-
-
-def tokens(ready: Ready) -> tuple[int, ...]:
+async def read(stream: TokenStream) -> tuple[int, ...] | None:
+    """The tokens that can be read without waiting for another step; None where there are none."""
+    try:
+        ready = await asyncio.wait_for(anext(stream), 0.01)
+    except TimeoutError:
+        return None
     return ready.outputs[0].token_ids
 
 
-async def soon(stream: TokenStream) -> Ready | None:
-    """What can be read without waiting for a timer."""
-    try:
-        return await asyncio.wait_for(anext(stream), 0.001)
-    except TimeoutError:
-        return None
+async def test_tokens_in_the_middle_of_many_answers_come_together(line: Line) -> None:
+    line.post(*line.everybody(6))
+    line.post(*line.everybody(7))
+    assert await read(line.streams[0]) is None
+    line.post(*line.everybody(8), after=pace(STREAMS))
+    assert [await read(stream) for stream in line.streams] == [(6, 7, 8)] * STREAMS
 
 
-async def test_the_first_token_of_everyone_is_there_at_once(front_end: EngineFrontEnd) -> None:
-    streams = submit(front_end, STREAMS)
-    tell(front_end, streams, 5)
-    assert [tokens(await anext(stream)) for stream in streams] == [(5,)] * STREAMS
+async def test_a_slow_engine_posts_every_step(line: Line) -> None:
+    line.post(*line.everybody(6), after=pace(STREAMS))
+    assert await read(line.streams[0]) == (6,)
 
 
-async def test_later_tokens_of_many_come_together_and_soon(front_end: EngineFrontEnd) -> None:
-    streams = submit(front_end, STREAMS)
-    tell(front_end, streams, 5)
-    for stream in streams:
-        await anext(stream)
-    began = time.monotonic()
-    for token in (6, 7, 8):
-        tell(front_end, streams, token)
-    assert await soon(streams[0]) is None
-    assert [tokens(await anext(stream)) for stream in streams] == [(6, 7, 8)] * STREAMS
-    assert time.monotonic() - began < 50 * LONGEST_S
+async def test_one_answer_that_ends_takes_all_along(line: Line) -> None:
+    line.post(*line.everybody(6))
+    line.post(Tokens(line.streams[3].request_id, (7,), FinishReason.LENGTH))
+    assert await read(line.streams[3]) == (6, 7)
+    assert await read(line.streams[0]) == (6,)
 
 
-async def test_the_end_is_there_at_once_with_what_was_held(front_end: EngineFrontEnd) -> None:
-    streams = submit(front_end, STREAMS)
-    tell(front_end, streams, 5)
-    for stream in streams:
-        await anext(stream)
-    tell(front_end, streams, 6)
-    tell(front_end, streams, 7, FinishReason.LENGTH)
-    ended = await soon(streams[0])
-    assert ended is not None
-    assert tokens(ended) == (6, 7)
-    assert ended.outputs[0].finish is FinishReason.LENGTH
+async def test_a_first_token_does_not_wait(line: Line) -> None:
+    late = line.front_end.submit((1, 2), Sampling(max_tokens=100))
+    line.post(*line.everybody(6), Tokens(late.request_id, (9,)))
+    assert await read(late) == (9,)
 
 
-async def test_a_slow_engine_is_never_slowed_further(front_end: EngineFrontEnd) -> None:
-    streams = submit(front_end, STREAMS)
-    tell(front_end, streams, 5)
-    for stream in streams:
-        await anext(stream)
-    await asyncio.sleep(pace(STREAMS))
-    tell(front_end, streams, 6)
-    read = await soon(streams[0])
-    assert read is not None
-    assert tokens(read) == (6,)
+@pytest.mark.parametrize("ending", [{"ran": False}, {"running": 0}])
+async def test_nothing_is_held_when_no_step_may_follow(line: Line, ending: dict[str, int]) -> None:
+    line.post(*line.everybody(6), **ending)  # type: ignore[arg-type]
+    assert await read(line.streams[0]) == (6,)
+
+
+async def test_what_is_no_token_does_not_wait(line: Line) -> None:
+    line.post(*line.everybody(6))
+    line.post(Loaded("d" * 64))
+    assert await read(line.streams[0]) == (6,)
 
 
 def test_the_pause_grows_with_the_streams_and_stays_short() -> None:

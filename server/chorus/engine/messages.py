@@ -4,6 +4,7 @@ Commands go in through `EngineThread.send`; one `StepEvents` a step comes back. 
 a lock, so the engine can move into a process of its own without a change to either side.
 """
 
+import time
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -239,8 +240,12 @@ Event = Started | PromptLogprobs | Tokens | Failed | Loaded | LoadFailed | Resid
 
 @dataclass(frozen=True, slots=True)
 class StepEvents:
-    """Everything that one turn of the engine's loop has to say; `ran` is False when no forward pass was made."""
+    """Everything that one turn of the engine's loop has to say; `ran` is False when no forward pass was made.
+
+    `at` is when the turn ended, on `time.monotonic`'s clock.
+    """
 
     events: tuple[Event, ...] = ()
     stats: StepStats = field(default_factory=StepStats)
     ran: bool = False
+    at: float = field(default_factory=time.monotonic)

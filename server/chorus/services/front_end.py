@@ -65,11 +65,18 @@ class EngineFrontEnd:
         self._loads: defaultdict[str, list[asyncio.Future[Loaded]]] = defaultdict(list)
         self._reports: dict[int, asyncio.Future[ResidencyReport]] = {}
         self._dead_of: ChorusError | None = None
-        self._wake_up: asyncio.TimerHandle | None = None
+        # The step thread's own.
+        self._held: list[StepEvents] = []
+        self._posted_at = 0.0
 
     def post(self, events: StepEvents) -> None:
-        """The engine's `on_events`: called on the step thread, once a step."""
-        self._loop.call_soon_threadsafe(self.deliver, events)
+        """The engine's `on_events`: called on the step thread, once a step. Holds what can wait; see `pacing`."""
+        self._held.append(events)
+        if events.at - self._posted_at < pace(len(self._streams)) and not self._is_urgent(events):
+            return
+        held, self._held = self._held, []
+        self._posted_at = events.at
+        self._loop.call_soon_threadsafe(self._deliver_all, held)
 
     @property
     def streams_open(self) -> int:
@@ -134,11 +141,8 @@ class EngineFrontEnd:
 
     def deliver(self, step: StepEvents) -> None:
         """Spreads one step's events."""
-        now = time.monotonic()
         for event in step.events:
-            self._dispatch(event, now)
-        if self._wake_up is None and any(stream.held for stream in self._streams.values()):
-            self._wake_up = self._loop.call_later(pace(len(self._streams)), self._wake_held)
+            self._dispatch(event, step.at)
         self._metrics.step(step)
 
     def fail_streams(self, error: ChorusError) -> None:
@@ -183,16 +187,26 @@ class EngineFrontEnd:
         stream = self._streams.get(event.request_id)
         if stream is None:
             return
-        if not stream.push(event, now, pace(len(self._streams))):
+        if not stream.push(event, now):
             text = f"the stream was read too slowly: more than {self._queue_tokens} tokens were waiting"
             self._fail(stream, ResourceExhausted(text, reason="SLOW_READER", retry_after_s=1.0), now)
         elif stream.over:
             del self._streams[event.request_id]
 
-    def _wake_held(self) -> None:
-        self._wake_up = None
-        for stream in self._streams.values():
-            stream.wake()
+    def _deliver_all(self, steps: list[StepEvents]) -> None:
+        for step in steps:
+            self.deliver(step)
+
+    def _is_urgent(self, step: StepEvents) -> bool:
+        """Whether anybody minds waiting for the next step. If nothing runs there may be none."""
+        return not step.ran or not step.stats.running or any(map(self._is_awaited, step.events))
+
+    def _is_awaited(self, event: Event) -> bool:
+        """Anything but tokens in the middle of an answer. Asked on the step thread."""
+        if not isinstance(event, Tokens):
+            return True
+        stream = self._streams.get(event.request_id)
+        return event.finish is not None or stream is None or stream.first_token_at is None
 
     def _fail(self, stream: TokenStream, error: ChorusError, now: float) -> None:
         """Ends a stream that the engine still works on."""

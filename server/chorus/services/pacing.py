@@ -1,10 +1,12 @@
-"""How often a stream is written to, so that messages leave the step thread its core.
+"""How often the step thread hands its events over, so that the event loop leaves it its core.
 
-A message costs this process about MESSAGE_S of the interpreter that the step thread needs too. All streams together
-may take SHARE of it: alone, a stream gets every token as it comes; of 32 each gets a message every 50 ms or so.
+Both threads share one interpreter, and whenever the event loop wakes the step thread waits. So tokens in the middle of
+answers may wait until everybody's together have cost the event loop SHARE of its time: alone, a stream gets every token
+as it comes; of 32 each gets a message every 50 ms or so. First tokens, ends, errors and all else go at once, and so
+does everything when no further step is sure to come.
 """
 
-# Handler, protobuf, gRPC: measured with one token a message and 32 streams, on one core of an EPYC.
+# Handler, detokenizer, protobuf, gRPC: measured with one token a message and 32 streams, on one core of an EPYC.
 MESSAGE_S = 150e-6
 SHARE = 0.1
 # Readers should not notice.

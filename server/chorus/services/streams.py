@@ -4,9 +4,7 @@
                             '---- at most `limit` tokens ----'
 
 The queue is bounded in tokens over all outputs: the engine never waits for a reader, and a reader that falls too far
-behind loses its own stream only. What an output begins and ends with wakes the reader at once; what comes between may
-be held for a moment, so that many streams do not cost a message a token (`pacing.py` says for how long).
-Knows tokens and errors; not text, protobuf or gRPC. Lives on the event loop.
+behind loses its own stream only. Knows tokens and errors; not text, protobuf or gRPC. Lives on the event loop.
 """
 
 import asyncio
@@ -94,12 +92,6 @@ class TokenStream:
         self._closed = False
         self._ready = asyncio.Event()
         self._reading = False
-        self._read_at = 0.0
-
-    @property
-    def held(self) -> bool:
-        """It has something to read that the reader was not woken for."""
-        return bool(self._unread) and not self._ready.is_set()
 
     @property
     def over(self) -> bool:
@@ -124,13 +116,7 @@ class TokenStream:
         ready = Ready(tuple(map(self._take, self._unread)), self._prompt_logprobs)
         self._unread.clear()
         self._unread_tokens, self._prompt_logprobs = 0, ()
-        self._read_at = time.monotonic()
         return ready
-
-    def wake(self) -> None:
-        """Whatever is held can be read now."""
-        if self._unread:
-            self._ready.set()
 
     def end_output(self, index: int, reason: FinishReason) -> None:
         """The reader wants no more of one output; its place in the engine is given back."""
@@ -159,13 +145,9 @@ class TokenStream:
             self.started_at, self.adapter_wait = event.at, event.adapter_wait
             self._metrics.request_started(event.at - self.arrived_at)
 
-    def push(self, event: Tokens, now: float, pace: float = 0.0) -> bool:
-        """Queues new tokens; False when the queue would hold more than it may. The last of an output always fits.
-
-        The reader is woken at once for an output's first and last tokens, else if it has last read `pace` seconds ago.
-        """
+    def push(self, event: Tokens, now: float) -> bool:
+        """Queues new tokens; False when the queue would hold more than it may. The last of an output always fits."""
         output = self._outputs[event.index]
-        urgent = event.finish is not None or output.last_token_at is None
         if output.ended:
             return True
         if event.finish is None and self._unread_tokens + len(event.token_ids) > self._limit:
@@ -179,8 +161,7 @@ class TokenStream:
             output.finish = event.finish
             self._end(output, event.finish, now)
         self._unread[event.index] = None
-        if urgent or now - self._read_at >= pace:
-            self._ready.set()
+        self._ready.set()
         return True
 
     def fail(self, error: ChorusError, now: float) -> None:
