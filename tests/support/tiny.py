@@ -11,9 +11,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -31,7 +38,9 @@ _SHAPE: dict[str, Any] = {
     "max_position_embeddings": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "pad_token_id": 0,
 }
+_GEMMA: dict[str, Any] = {**_SHAPE, "num_hidden_layers": 4, "head_dim": 24, "query_pre_attn_scalar": 20}
 FAMILIES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_SHAPE, tie_word_embeddings=False),
     "llama-tied-bias": LlamaConfig(**_SHAPE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
@@ -41,6 +50,33 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**_SHAPE),
     "qwen3": Qwen3Config(**_SHAPE, head_dim=16),
     "mistral-windowed": MistralConfig(**_SHAPE, sliding_window=12),
+    "gemma": GemmaConfig(**_SHAPE, head_dim=24),
+    "gemma2": Gemma2Config(**_GEMMA, sliding_window=12, attn_logit_softcapping=5.0, final_logit_softcapping=10.0),
+    "gemma3": Gemma3TextConfig(**_GEMMA, sliding_window=12, sliding_window_pattern=2),
+    "phi": PhiConfig(**_SHAPE),
+    "phi3-windowed": Phi3Config(**_SHAPE, sliding_window=12),
+    "opt": OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        word_embed_proj_dim=64,
+        ffn_dim=112,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    ),
+    "gpt-neox": GPTNeoXConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
 }
 
 

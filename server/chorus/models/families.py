@@ -13,25 +13,59 @@ from chorus.errors import FailedPrecondition
 class Family:
     """A transformers decoder whose attention goes through AttentionInterface.
 
-    `column` and `row` name the linears that tensor parallelism splits by output and by input.
+    `column` and `row` name the linears that tensor parallelism splits by output and by input; a fused linear counts
+    as what its parts are. `note` says what is particular, for the docs.
     """
 
     model_type: str
+    name: str
     column: frozenset[str]
     row: frozenset[str]
+    note: str = ""
 
 
-_LLAMA_COLUMN = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
-_LLAMA_ROW = frozenset({"o_proj", "down_proj"})
+_COLUMN = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
+_ROW = frozenset({"o_proj", "down_proj"})
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", _LLAMA_COLUMN, _LLAMA_ROW),
-        Family("qwen2", _LLAMA_COLUMN, _LLAMA_ROW),
-        Family("qwen3", _LLAMA_COLUMN, _LLAMA_ROW),
-        Family("mistral", _LLAMA_COLUMN, _LLAMA_ROW),
-        Family("gpt2", frozenset({"c_attn", "c_fc"}), frozenset({"c_proj"})),
+        Family("llama", "Llama", _COLUMN, _ROW),
+        Family("qwen2", "Qwen2, Qwen2.5", _COLUMN, _ROW),
+        Family("qwen3", "Qwen3", _COLUMN, _ROW, "norms on queries and keys"),
+        Family("mistral", "Mistral", _COLUMN, _ROW, "sliding window"),
+        Family("gemma", "Gemma", _COLUMN, _ROW, "scaled embedding"),
+        Family("gemma2", "Gemma 2", _COLUMN, _ROW, "alternating windows, soft caps on scores and logits"),
+        Family("gemma3_text", "Gemma 3 (text)", _COLUMN, _ROW, "alternating windows, a rotation for each"),
+        Family(
+            "phi",
+            "Phi 1, 1.5, 2",
+            frozenset({"q_proj", "k_proj", "v_proj", "fc1"}),
+            frozenset({"dense", "fc2"}),
+            "partial rotation, attention beside the MLP",
+        ),
+        Family(
+            "phi3",
+            "Phi 3, Phi 4",
+            frozenset({"qkv_proj", "gate_up_proj"}),
+            _ROW,
+            "fused q/k/v and gate/up: adapters of the fused modules; sliding window; longrope",
+        ),
+        Family("gpt2", "GPT-2", frozenset({"c_attn", "c_fc"}), frozenset({"c_proj"}), "Conv1D, learned positions"),
+        Family(
+            "opt",
+            "OPT",
+            frozenset({"q_proj", "k_proj", "v_proj", "fc1"}),
+            frozenset({"out_proj", "fc2"}),
+            "learned positions",
+        ),
+        Family(
+            "gpt_neox",
+            "GPT-NeoX, Pythia",
+            frozenset({"query_key_value", "dense_h_to_4h"}),
+            frozenset({"dense", "dense_4h_to_h"}),
+            "fused q/k/v, partial rotation",
+        ),
     )
 }
 
@@ -51,15 +85,21 @@ def family_of(config: Any) -> Family:
             f"model type {config.model_type!r} is not served; served are {', '.join(sorted(FAMILIES))}",
             reason="UNSUPPORTED_MODEL",
         )
-    rope = getattr(config, "rope_parameters", None) or {}
-    rope_type = rope.get("rope_type", "default")
-    if rope_type not in _ROPE_TYPES:
-        raise FailedPrecondition(
-            f"rope_type {rope_type!r} is not served: its frequencies depend on the longest row of a batch",
-            reason="UNSUPPORTED_MODEL",
-        )
+    for rope_type in rope_types(config):
+        if rope_type not in _ROPE_TYPES:
+            raise FailedPrecondition(
+                f"rope_type {rope_type!r} is not served: its frequencies depend on the longest row of a batch",
+                reason="UNSUPPORTED_MODEL",
+            )
     if getattr(config, "add_cross_attention", False) or getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise FailedPrecondition(
             "add_cross_attention and scale_attn_by_inverse_layer_idx are not served", reason="UNSUPPORTED_MODEL"
         )
     return family
+
+
+def rope_types(config: Any) -> list[str]:
+    """How a config's positions are rotated: one type, or one for each type of layer (Gemma 3)."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer = [value for value in parameters.values() if isinstance(value, dict)]
+    return [rope.get("rope_type", "default") for rope in by_layer or [parameters]]
