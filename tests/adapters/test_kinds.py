@@ -22,7 +22,7 @@ Export = Callable[..., Any]
 
 
 def weight_of(model: PreTrainedModel) -> Callable[[str], Tensor | None]:
-    weights = {name.removesuffix(".weight"): value.detach().clone() for name, value in model.state_dict().items()}
+    weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
     return weights.get
 
 
@@ -44,7 +44,7 @@ def assert_equals_peft(lowered: LoweredAdapter, wrapped: Any, sites: Sites) -> N
         assert factors.b.shape == (layer.r["default"], site.out_features)
         assert factors.scale == layer.scaling["default"]
         assert oracle.abs().max() > 1e-3  # the oracle bites
-        torch.testing.assert_close(delta.t() if site.transposed else delta, oracle)
+        torch.testing.assert_close(delta.t() if site.transposed or site.is_embedding else delta, oracle)
 
 
 LLAMA_CONFIGS: dict[str, dict[str, Any]] = {
@@ -151,12 +151,30 @@ def test_head_without_a_copy_needs_no_comparison(llama: PreTrainedModel, sites_o
     assert_equals_peft(kinds.lower(artifact.read(folder), sites, max_rank=64), wrapped, sites)
 
 
-def test_lora_on_an_embedding_is_refused_by_name(llama: PreTrainedModel, sites_of: SitesOf, export: Export) -> None:
+def test_lora_on_the_embedding_equals_peft(llama: PreTrainedModel, sites_of: SitesOf, export: Export) -> None:
     sites = sites_of(llama)
-    read = artifact.read(export(llama, target_modules=["embed_tokens", "q_proj"], r=2)[0])
-    with pytest.raises(FailedPrecondition, match="embed") as caught:
-        kinds.lower(read, sites, max_rank=64)
-    assert "embedding is not supported yet" in caught.value.message
+    weights = weight_of(llama)
+    folder, wrapped = export(llama, target_modules=["embed_tokens", "q_proj"], r=2, lora_alpha=7)
+    lowered = kinds.lower(artifact.read(folder), sites, max_rank=64, base_weight=weights)
+    assert_equals_peft(lowered, wrapped, sites)
+
+
+def test_the_scale_of_an_embedding_is_the_deltas_too(llama: PreTrainedModel, sites_of: SitesOf, export: Export) -> None:
+    sites = sites_of(llama)
+    [name] = [name for name, site in sites.items() if site.is_embedding]
+    read = artifact.read(export(llama, target_modules=["embed_tokens"], r=2, save_embedding_layers=False)[0])
+    scaled = {**sites, name: replace(sites[name], scale=3.0)}
+    once, thrice = (kinds.lower(read, s, max_rank=64).low_rank[name].scale for s in (sites, scaled))
+    assert thrice == 3 * once
+
+
+def test_lora_on_an_embedding_does_not_fit_a_linear(llama: PreTrainedModel, sites_of: SitesOf, export: Export) -> None:
+    sites = sites_of(llama)
+    [name] = [name for name, site in sites.items() if site.is_embedding]
+    read = artifact.read(export(llama, target_modules=["embed_tokens"], r=2, save_embedding_layers=False)[0])
+    with pytest.raises(FailedPrecondition, match="is a linear in this base") as caught:
+        kinds.lower(read, {**sites, name: replace(sites[name], is_embedding=False)}, max_rank=64)
+    assert caught.value.reason == "UNKNOWN_MODULE"
 
 
 # One sound adapter on one base, and one fault at a time
@@ -245,7 +263,7 @@ def test_tensor_that_the_config_does_not_target_is_named(sites: Sites) -> None:
         ("layers.0.q_proj.lora_A.default.weight", "UNKNOWN_TENSOR", "plain LoRA"),
         ("layers.0.q_proj.lora_magnitude_vector", "UNSUPPORTED_TENSOR", "DoRA"),
         ("layers.0.q_proj.lora_B.bias", "UNSUPPORTED_TENSOR", "bias"),
-        ("layers.0.q_proj.base_layer.bias", "UNSUPPORTED_TENSOR", "bias"),
+        ("layers.0.q_proj.base_layer.bias", "BASE_WEIGHT_IN_FILE", "bias"),
         ("score.weight", "UNKNOWN_TENSOR", "plain LoRA"),
     ],
 )

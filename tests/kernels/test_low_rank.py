@@ -153,3 +153,21 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         low_rank(y[:1], x[:1], pool, plan)
     with pytest.raises(ValueError, match="dtypes"):
         low_rank(y, x.double(), pool, plan)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_token_ids_are_one_hot_rows(name: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    segments, start, used = [], 0, 0
+    for length, rank in LAYOUTS[name]:
+        segments.append(LowRankSegment(start, start + length, tuple(range(used, used + rank))))
+        start, used = start + length, used + rank
+    pool = make_pool(50, 24, torch.float32, generator)
+    ids = torch.randint(50, (start,), generator=generator)
+    y = torch.randn(start, 24, generator=generator)
+    expected = dense(y, torch.nn.functional.one_hot(ids, 50).float(), pool, segments)
+    for got in (
+        low_rank(y.clone(), ids, pool, LowRankPlan(segments, CPU)),
+        reference.low_rank(y.clone(), ids, pool, segments),
+    ):
+        assert rms(got.double() - expected) <= BOUND[torch.float32] * rms(expected)

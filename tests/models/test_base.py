@@ -34,7 +34,8 @@ def test_facts_and_sites_are_the_models_own(llama: Path) -> None:
     site = base.sites["model.layers.2.mlp.down_proj"]
     assert (site.in_features, site.out_features, site.shard) == (112, 64, "row")
     assert base.sites["lm_head"].is_lm_head
-    assert len(base.sites) == 3 * 7 + 1
+    assert base.sites["model.embed_tokens"].is_embedding
+    assert len(base.sites) == 3 * 7 + 2
     assert base.facts.parameter_count == sum(p.numel() for p in base.module.parameters())
 
 

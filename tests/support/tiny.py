@@ -3,6 +3,7 @@
 Weights are scaled up so that the likeliest token stands clear of the second; peft's B = 0 is replaced by noise.
 """
 
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "mistral-windowed": MistralConfig(**_SHAPE, sliding_window=12),
     "gemma": GemmaConfig(**_SHAPE, head_dim=24),
     "gemma2": Gemma2Config(**_GEMMA, sliding_window=12, attn_logit_softcapping=5.0, final_logit_softcapping=10.0),
-    "gemma3": Gemma3TextConfig(**_GEMMA, sliding_window=12, sliding_window_pattern=2),
+    "gemma3": Gemma3TextConfig(**_GEMMA, sliding_window=12, layer_types=["sliding_attention", "full_attention"] * 2),
     "phi": PhiConfig(**_SHAPE),
     "phi3-windowed": Phi3Config(**_SHAPE, sliding_window=12),
     "opt": OPTConfig(
@@ -99,8 +100,11 @@ def save_adapter(base: Path, folder: Path, seed: int, **config: Any) -> Path:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base)
     options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
-    adapted = get_peft_model(model, LoraConfig(init_lora_weights=False, **options))
-    adapted.save_pretrained(str(folder))
+    with warnings.catch_warnings():
+        # PEFT advises against what is tested here: LoRA on tied embeddings, which it saves with the adapter.
+        warnings.filterwarnings("ignore", message=".*(tie_word_embeddings|save_embedding_layers)", category=UserWarning)
+        adapted = get_peft_model(model, LoraConfig(init_lora_weights=False, **options))
+        adapted.save_pretrained(str(folder))
     return folder
 
 
@@ -108,7 +112,9 @@ def save_adapter(base: Path, folder: Path, seed: int, **config: Any) -> Path:
 def solo(base: Path, adapter: Path | None) -> PreTrainedModel | PeftModel:
     """The base, alone or under one adapter, in fp32, as transformers and peft run it."""
     model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", dtype=torch.float32)
-    return (PeftModel.from_pretrained(model, str(adapter)) if adapter else model).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings", category=UserWarning)
+        return (PeftModel.from_pretrained(model, str(adapter)) if adapter else model).eval()
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ class LowRankPlan:
 def low_rank(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> Tensor:
     """y[t] += (mid_scale * (x[t] A^T)) B for each row t of each segment; see `reference.low_rank`.
 
-    x [T, K], y [T, N], both contiguous; y is changed in place and returned.
+    x [T, K], y [T, N], both contiguous; y is changed in place and returned. x may be token ids [T], int64, instead.
 
     Raises:
         ValueError: x, y and pool do not fit each other or the plan.
@@ -100,9 +100,9 @@ class _BatchedPiece:
     def add(self, y: Tensor, x: Tensor, pool: RankPool) -> None:
         n, m = self.adapters, self.rows_each
         views = self.kept.get(id(pool)) or self._look(pool)
-        xs = x.narrow(0, self.start, n * m).view(n, m, -1)  # [n, m, K]
+        xs = x.narrow(0, self.start, n * m).view(n, m, *x.shape[1:])  # [n, m, K] or [n, m]
         ys = y.narrow(0, self.start, n * m).view(n, m, -1)  # [n, m, N]
-        middle = torch.bmm(xs, views.a)  # [n, m, r]
+        middle = torch.bmm(xs, views.a) if x.dim() == 2 else views.a[torch.arange(n)[:, None], xs]  # [n, m, r]
         if views.scale is not None:
             middle.mul_(views.scale)
         ys.baddbmm_(middle, views.b, alpha=views.alpha)
@@ -133,7 +133,7 @@ class _MaskedPiece:
 
     def add(self, y: Tensor, x: Tensor, pool: RankPool) -> None:
         xs, ys = x.narrow(0, self.start, self.count), y.narrow(0, self.start, self.count)
-        middle = torch.mm(xs, self.pool_rows.of_tensor(pool.a).T)  # [count, rank rows]
+        middle = _shrink(xs, self.pool_rows.of_tensor(pool.a))  # [count, rank rows]
         middle.mul_(self.pool_rows.of_tensor(pool.mid_scale)).masked_fill_(self.foreign, 0)
         ys.addmm_(middle, self.pool_rows.of_tensor(pool.b))
 
@@ -146,8 +146,13 @@ class _LongPiece:
 
     def add(self, y: Tensor, x: Tensor, pool: RankPool) -> None:
         xs, ys = x.narrow(0, self.start, self.count), y.narrow(0, self.start, self.count)
-        middle = torch.mm(xs, self.pool_rows.of_tensor(pool.a).T).mul_(self.pool_rows.of_tensor(pool.mid_scale))
+        middle = _shrink(xs, self.pool_rows.of_tensor(pool.a)).mul_(self.pool_rows.of_tensor(pool.mid_scale))
         ys.addmm_(middle, self.pool_rows.of_tensor(pool.b))
+
+
+def _shrink(x: Tensor, a: Tensor) -> Tensor:
+    """x A^T, [T, r], for rows x [T, K] or token ids [T] and A [r, K]."""
+    return torch.mm(x, a.T) if x.dim() == 2 else a.index_select(1, x).T
 
 
 def _cut(segments: Sequence[LowRankSegment]) -> tuple[_Piece, ...]:
@@ -199,11 +204,13 @@ def _check_order(segments: Sequence[LowRankSegment]) -> None:
 
 
 def _check_shapes(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> None:
-    if x.dim() != 2 or y.dim() != 2 or x.shape[0] != y.shape[0]:
-        raise ValueError(f"x, y: want [T, K] and [T, N], got {tuple(x.shape)} and {tuple(y.shape)}")
-    if pool.a.shape[1] != x.shape[1] or pool.b.shape[1] != y.shape[1] or pool.a.shape[0] != pool.b.shape[0]:
+    ids = x.dim() == 1 and x.dtype == torch.int64
+    if not (ids or x.dim() == 2) or y.dim() != 2 or x.shape[0] != y.shape[0]:
+        raise ValueError(f"x, y: want [T, K] or ids [T], and [T, N]; got {tuple(x.shape)} and {tuple(y.shape)}")
+    k = pool.a.shape[1] if ids else x.shape[1]
+    if pool.a.shape[1] != k or pool.b.shape[1] != y.shape[1] or pool.a.shape[0] != pool.b.shape[0]:
         raise ValueError(f"pool: {tuple(pool.a.shape)} and {tuple(pool.b.shape)} do not fit K, N of x, y")
     if plan.segments and plan.segments[-1].end > x.shape[0]:
         raise ValueError(f"plan: made for at least {plan.segments[-1].end} rows, x has {x.shape[0]}")
-    if not (y.dtype == x.dtype == pool.a.dtype == pool.b.dtype):
+    if not (y.dtype == pool.a.dtype == pool.b.dtype and (ids or x.dtype == y.dtype)):
         raise ValueError(f"dtypes differ: y {y.dtype}, x {x.dtype}, a {pool.a.dtype}, b {pool.b.dtype}")

@@ -19,13 +19,15 @@ def low_rank(y: Tensor, x: Tensor, pool: RankPool, segments: Sequence[LowRankSeg
     """y[t] += (mid_scale * (x[t] A^T)) B for each row t of each segment, A and B being that segment's rows of the pool.
 
     x [T, K], y [T, N] (changed in place and returned); pool.a [R, K], pool.b [R, N], pool.mid_scale [R].
-    Rows of no segment are left as they are.
+    Rows of no segment are left as they are. x may also be token ids [T], int64 below K, which stand for one-hot rows:
+    what an embedding reads.
     """
     for segment in segments:
         index = torch.as_tensor(segment.pool_rows, device=x.device)
         a, b, scale = pool.a[index], pool.b[index], pool.mid_scale[index]  # [r, K], [r, N], [r]
         part = slice(segment.start, segment.end)
-        y[part] += ((x[part] @ a.T) * scale.to(x.dtype)) @ b
+        middle = a[:, x[part]].T if x.dim() == 1 else x[part] @ a.T  # [t, r]
+        y[part] += (middle * scale.to(y.dtype)) @ b
     return y
 
 

@@ -21,7 +21,7 @@ from chorus.errors import FailedPrecondition, InvalidArgument
 from chorus.models.sites import Site
 
 BaseWeight = Callable[[str], Tensor | None]
-"""The base's own weight at a site's name, as the module holds it; None where it can not be had."""
+"""The base's own `SITE.weight` or `SITE.bias`, as the module holds it; None where it can not be had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,8 @@ class Kind(Protocol):
 class Lora:
     """LoRA and rsLoRA: s (x A^T) B^T, s = alpha/r or alpha/sqrt(r) with the patterned alpha and r.
 
-    A and B do not depend on how the base stores its weight, so GPT-2's Conv1D needs no special care.
+    A and B do not depend on how the base stores its weight, so GPT-2's Conv1D needs no special care. Of an embedding
+    x are one-hot rows; where the base scales what it looks up, PEFT scales the delta too.
     """
 
     def lower(
@@ -98,7 +99,7 @@ class Lora:
         for name, site in sites.items():
             if pair := tensors.pairs.get(name):
                 _check_shapes(pair, site, targets.rank(name), max_rank)
-                factors[name] = _factors(pair, targets.scale(name))
+                factors[name] = _factors(pair, targets.scale(name) * site.scale)
         return LoweredAdapter("LORA", factors)
 
 
@@ -129,6 +130,13 @@ def _check_modules(
         if module not in sites:
             raise FailedPrecondition(
                 f"tensor {quote(pair.a_name, 200)}: this base has no module {quote(module, 200)} that LoRA can adapt; "
+                "the adapter was made for another base",
+                reason="UNKNOWN_MODULE",
+            )
+        if pair.is_embedding != sites[module].is_embedding:
+            kind = "an embedding" if sites[module].is_embedding else "a linear"
+            raise FailedPrecondition(
+                f"tensor {quote(pair.a_name, 200)}: {quote(module, 200)} is {kind} in this base; "
                 "the adapter was made for another base",
                 reason="UNKNOWN_MODULE",
             )

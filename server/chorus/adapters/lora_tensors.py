@@ -1,12 +1,13 @@
 """What a tensor's name says in a LoRA file, and the copies of the base that PEFT puts beside the adapter.
 
-When `lm_head` or `embed_tokens` is targeted, PEFT saves the frozen base weight with the adapter
-(`lm_head.base_layer.weight`; seen in 0.21 for tied and untied heads alike), and loading such a file *replaces* the
-base's weight. For one frozen base under many adapters that is allowed only where it changes nothing: a copy is dropped
-when it equals the base's weight bit by bit once the finer of the two is rounded to the coarser dtype, and refused by
-name when it differs or when there is nothing to compare it with.
+When `lm_head` or `embed_tokens` is targeted, PEFT saves the frozen base weight with the adapter, and the bias where
+there is one (`lm_head.base_layer.weight`; seen in 0.21 for tied and untied heads alike), and loading such a file
+*replaces* what the base has. For one frozen base under many adapters that is allowed only where it changes nothing: a
+copy is dropped when it equals the base's own bit by bit once the finer of the two is rounded to the coarser dtype, and
+refused by name when it differs or when there is nothing to compare it with.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
@@ -17,31 +18,34 @@ from chorus.adapters.strict_json import quote
 from chorus.errors import FailedPrecondition, InvalidArgument
 from chorus.models.sites import Site
 
-_A = ".lora_A.weight"
-_B = ".lora_B.weight"
-_BASE_COPY = ".base_layer.weight"
+_PARTNERS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
+_BASE_COPY = re.compile(r"(?P<site>.+)\.base_layer\.(?P<which>weight|bias)")
 _NOT_YET = {
-    ".lora_embedding_A": "LoRA on an embedding is not supported yet",
-    ".lora_embedding_B": "LoRA on an embedding is not supported yet",
     ".lora_magnitude_vector": "DoRA is not supported yet",
     ".lora_B.bias": "LoRA with a bias is not supported yet",
-    ".base_layer.bias": "trained biases are not supported yet",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class LoraPair:
-    """One module's tensors as stored: a [r, in], b [out, r], and what the file calls them."""
+    """One module's tensors as stored: a [r, in], b [out, r], and what the file calls them.
+
+    Of an embedding `in` is the vocabulary, and the names are others.
+    """
 
     a_name: str
     a: Tensor
     b_name: str
     b: Tensor
 
+    @property
+    def is_embedding(self) -> bool:
+        return self.a_name.endswith(".lora_embedding_A")
+
 
 @dataclass(frozen=True, slots=True)
 class SortedTensors:
-    """`pairs` by module; `base_copies` by module, the base's weight as the file has it."""
+    """`pairs` by module; `base_copies` by the base's name, `MODULE.weight` or `.bias`, as the file has them."""
 
     pairs: dict[str, LoraPair] = field(default_factory=dict)
     base_copies: dict[str, Tensor] = field(default_factory=dict)
@@ -56,18 +60,14 @@ def sort_tensors(tensors: Mapping[str, Tensor]) -> SortedTensors:
     """
     result = SortedTensors()
     for name, tensor in tensors.items():
-        if name.endswith(_A):
-            module = name.removesuffix(_A)
-            partner = module + _B
+        if found := _split(name):
+            module, suffix, partner = found
             if partner not in tensors:
                 _refuse_half(name, partner)
-            result.pairs[module] = LoraPair(name, tensor, partner, tensors[partner])
-        elif name.endswith(_B):
-            partner = name.removesuffix(_B) + _A
-            if partner not in tensors:
-                _refuse_half(name, partner)
-        elif name.endswith(_BASE_COPY):
-            result.base_copies[name.removesuffix(_BASE_COPY)] = tensor
+            if suffix in _PARTNERS:
+                result.pairs[module] = LoraPair(name, tensor, partner, tensors[partner])
+        elif copy := _BASE_COPY.fullmatch(name):
+            result.base_copies[f"{copy['site']}.{copy['which']}"] = tensor
         else:
             hint = next((text for suffix, text in _NOT_YET.items() if name.endswith(suffix)), None)
             raise FailedPrecondition(
@@ -75,6 +75,16 @@ def sort_tensors(tensors: Mapping[str, Tensor]) -> SortedTensors:
                 reason="UNSUPPORTED_TENSOR" if hint else "UNKNOWN_TENSOR",
             )
     return result
+
+
+def _split(name: str) -> tuple[str, str, str] | None:
+    """Module, suffix and partner's name of one half of a pair; None for anything else."""
+    for a, b in _PARTNERS.items():
+        for suffix, other in ((a, b), (b, a)):
+            if name.endswith(suffix):
+                module = name.removesuffix(suffix)
+                return module, suffix, module + other
+    return None
 
 
 def refuse_foreign_copies(
@@ -85,15 +95,14 @@ def refuse_foreign_copies(
     Raises:
         FailedPrecondition: it is not, or there is nothing to compare it with.
     """
-    for module, copy in copies.items():
-        weight = base_weight(module) if base_weight and module in sites else None
-        if weight is None or not _is_copy(copy, weight):
-            problem = (
-                "is not this base's weight" if weight is not None else "can not be compared with this base's weight"
-            )
+    for name, copy in copies.items():
+        module, _, which = name.rpartition(".")
+        own = base_weight(name) if base_weight and module in sites else None
+        if own is None or not _is_copy(copy, own):
+            problem = "is not" if own is not None else "can not be compared with"
             raise FailedPrecondition(
-                f"tensor {quote(module + _BASE_COPY, 200)} {problem}; "
-                "save the adapter with save_embedding_layers=False",
+                f"tensor {quote(f'{module}.base_layer.{which}', 200)} {problem} this base's {which}, and trained ones "
+                "are not supported yet; save the adapter with save_embedding_layers=False",
                 reason="BASE_WEIGHT_IN_FILE",
             )
 

@@ -21,7 +21,7 @@ V = TypeVar("V", int, float)
 class Targets:
     """A config's choices over one base's sites, its patterns compiled once.
 
-    `target_modules: "all-linear"` means every site but the lm_head.
+    `target_modules: "all-linear"` means every linear but the lm_head.
     """
 
     def __init__(self, config: LoraConfig, sites: Iterable[Site]) -> None:
@@ -29,7 +29,7 @@ class Targets:
         self._config = config
         modules: Iterable[str] | str = config.target_modules
         if isinstance(modules, str) and modules.lower() == ALL_LINEAR:
-            modules = [site.name for site in sites if not site.is_lm_head]
+            modules = [site.name for site in sites if not (site.is_lm_head or site.is_embedding)]
         self._chosen = _Choice(modules, "target_modules", budget)
         self._excluded = _Choice(config.exclude_modules or [], "exclude_modules", budget)
         self._layer_patterns = _layer_patterns(config)

@@ -20,8 +20,8 @@ class Runner:
         shape = (base.layers, kv_blocks, block_size, base.kv_heads, base.head_dim)
         self._k_cache = torch.zeros(shape, dtype=base.dtype, device=base.device)
         self._v_cache = torch.zeros(shape, dtype=base.dtype, device=base.device)
-        for name, linear in base.linears.items():
-            linear.pool = pool.pools[name]
+        for name, layer in base.adapted.items():
+            layer.pool = pool.pools[name]
 
     @torch.inference_mode()
     def forward(self, layout: Layout) -> Tensor:
@@ -40,8 +40,8 @@ class Runner:
         return logits
 
     def _set_plans(self, layout: Layout) -> None:
-        """Tells each adapted linear what to add; lm_head sees the logits' rows only and has a table of its own."""
+        """Tells each adapted layer what to add; lm_head sees the logits' rows only and has a table of its own."""
         plans = self._pool.plans(layout.segments)
         head_plans = self._pool.plans(layout.logit_segments)
-        for name, linear in self._base.linears.items():
-            linear.plan = (head_plans if linear.site.is_lm_head else plans).get(name)
+        for name, layer in self._base.adapted.items():
+            layer.plan = (head_plans if layer.site.is_lm_head else plans).get(name)

@@ -22,10 +22,13 @@ from chorus.models import attention
 from chorus.models.checkpoint import base_folder, read_config, read_module
 from chorus.models.digest import base_digest
 from chorus.models.digest_cache import DigestCache
+from chorus.models.embedding import AdaptedEmbedding, embedding_site
 from chorus.models.facts import BaseFacts
 from chorus.models.families import Family, family_of
-from chorus.models.linear import Adapted, wrap
+from chorus.models.linear import AdaptedLinears, wrap
 from chorus.models.sites import Site
+
+Adapted = AdaptedLinears | AdaptedEmbedding
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +37,10 @@ DUMMY_SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A loaded base model: transformers' module in eval mode, its adapted linears by site name, what is known of it."""
+    """A loaded base model: transformers' module in eval mode, its adapted layers by site name, what is known of it."""
 
     module: PreTrainedModel
-    linears: dict[str, Adapted]
+    adapted: dict[str, Adapted]
     tokenizer: PreTrainedTokenizerFast | None
     facts: BaseFacts
     layers: int
@@ -48,10 +51,16 @@ class Base:
     def sites(self) -> dict[str, Site]:
         return {site.name: site for site in self.facts.sites}
 
-    def weight(self, site: str) -> torch.Tensor | None:
-        """The base's own weight at a site, as the module holds it; None where there is no such site."""
-        linear = self.linears.get(site)
-        return None if linear is None else linear.base_weight()
+    def weight(self, name: str) -> torch.Tensor | None:
+        """The base's own `SITE.weight` or `SITE.bias`, as the module holds it; None where there is none."""
+        site, _, which = name.rpartition(".")
+        layer = self.adapted.get(site)
+        if layer is None or which not in ("weight", "bias"):
+            return None
+        if which == "weight":
+            return layer.base_weight()
+        bias: torch.Tensor | None = getattr(layer, "bias", None)
+        return None if bias is None else bias.detach()
 
     @property
     def device(self) -> torch.device:
@@ -86,7 +95,7 @@ def load_base(
         module = _module(folder, config, device, getattr(torch, dtype), load_format)
         name = source or "embedded"
         tokenizer = _tokenizer(folder)
-        linears = _adapt(module, family)
+        adapted = _adapt(module, family)
         facts = BaseFacts(
             name=name,
             digest=digest.result(),
@@ -95,15 +104,15 @@ def load_base(
             vocab_size=int(config.vocab_size),
             dtype=dtype,
             parameter_count=sum(p.numel() for p in module.parameters()),
-            sites=tuple(linear.site for linear in linears.values()),
+            sites=tuple(layer.site for layer in adapted.values()),
             eos_token_ids=_eos(module, config, tokenizer),
         )
     if module.device.type == "cpu" and module.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
-        _pack(module, linears)
+        _pack(module, adapted)
     heads = int(config.num_attention_heads)
     return Base(
         module=module,
-        linears=linears,
+        adapted=adapted,
         tokenizer=tokenizer,
         facts=facts,
         layers=int(config.num_hidden_layers),
@@ -136,20 +145,25 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
 
 
 def _adapt(module: PreTrainedModel, family: Family) -> dict[str, Adapted]:
-    """Wraps every linear in place; returns them by name, in the order of the modules."""
-    lm_head = module.get_output_embeddings()
-    found = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-    adapted = {name: wrap(linear, _site(name, linear, family, linear is lm_head)) for name, linear in found}
-    for name, linear in adapted.items():
-        module.set_submodule(name, linear)
+    """Wraps the token embedding and every linear in place; returns them by name, in the order of the modules."""
+    lm_head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
+    adapted: dict[str, Adapted] = {}
+    for name, layer in module.named_modules():
+        if layer is embedding and isinstance(layer, nn.Embedding):
+            adapted[name] = AdaptedEmbedding(layer, embedding_site(name, layer))
+        elif isinstance(layer, nn.Linear | Conv1D):
+            adapted[name] = wrap(layer, _site(name, layer, family, layer is lm_head))
+    for name, layer in adapted.items():
+        module.set_submodule(name, layer)
     return adapted
 
 
-def _pack(module: PreTrainedModel, linears: dict[str, Adapted]) -> None:
+def _pack(module: PreTrainedModel, adapted: dict[str, Adapted]) -> None:
     """Lays the linears' weights out for oneDNN, one after the other, so that only one is in memory twice."""
     embedding = module.get_input_embeddings()
-    for linear in linears.values():
-        linear.pack(keep_weight=linear.weight is embedding.weight)
+    for layer in adapted.values():
+        if not isinstance(layer, AdaptedEmbedding):
+            layer.pack(keep_weight=layer.weight is embedding.weight)
 
 
 def _site(name: str, linear: nn.Module, family: Family, is_lm_head: bool) -> Site:

@@ -88,10 +88,10 @@ class AdaptedConv1D(DeltaMixin, Conv1D):
         return self.add_delta(super().forward(x), x)  # type: ignore[no-untyped-call]
 
 
-Adapted = AdaptedLinear | AdaptedConv1D
+AdaptedLinears = AdaptedLinear | AdaptedConv1D
 
 
-def wrap(linear: nn.Module, site: Site) -> Adapted:
+def wrap(linear: nn.Module, site: Site) -> AdaptedLinears:
     """The adapted form of a linear; shares its parameters."""
     if isinstance(linear, Conv1D):
         return AdaptedConv1D(linear, site)

@@ -1,0 +1,92 @@
+"""Every family, in one table: rows of a mixed batch give the tokens and logits of that adapter alone, in fp32.
+
+Each batch packs long and short prompts, past every window, in several chunks, without an adapter, with LoRA on all
+linears, and with LoRA on the embedding and the head, tied or not.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chorus.engine import messages as m
+from support.engines import make_engine, reference, run
+from support.tiny import FAMILIES, VOCAB, save_adapter, save_base, solo_greedy, solo_logits
+
+NEW_TOKENS = 6
+CLEAR_GAP = 1e-4
+LENGTHS = (41, 5)
+EMBEDDINGS = {"gpt2": "wte", "gpt-neox": "embed_in"}
+
+
+def adapters_of(family: str) -> dict[str, dict[str, Any]]:
+    """LoRA configs by name; PEFT takes embeddings and heads of every family."""
+    embedding = EMBEDDINGS.get(family, "embed_tokens")
+    return {
+        "linears": {"r": 5, "lora_alpha": 9, "fan_in_fan_out": family == "gpt2"},
+        "embedding": {"r": 3, "lora_alpha": 5, "target_modules": [embedding]},
+        "embedding-and-head": {"r": 4, "lora_alpha": 3, "target_modules": [embedding, "lm_head"]},
+    }
+
+
+class World:
+    """A family's base and adapters, and what each request gives alone under transformers and peft."""
+
+    def __init__(self, folder: Path, family: str) -> None:
+        self.base = save_base(folder / "base", family)
+        self.adapters: dict[str, Path | None] = {"none": None}
+        for seed, (name, config) in enumerate(adapters_of(family).items()):
+            self.adapters[name] = save_adapter(self.base, folder / name, seed, **config)
+        generator = torch.Generator().manual_seed(5)
+        self.requests = [
+            (name, torch.randint(3, VOCAB, (length,), generator=generator).tolist())
+            for name in self.adapters
+            for length in LENGTHS
+        ]
+
+    def submit(self, i: int, **sampling: Any) -> m.Submit:
+        name, prompt = self.requests[i]
+        folder = self.adapters[name]
+        adapter = reference(self.base, folder) if folder else None
+        return m.Submit(i, tuple(prompt), m.Sampling(temperature=0.0, ignore_eos=True, **sampling), adapter)
+
+    def arrivals(self, **sampling: Any) -> dict[int, list[m.Command]]:
+        """Two at a time, so that prefills run beside decodes."""
+        return {
+            i: [self.submit(i, **sampling), self.submit(i + 1, **sampling)] for i in range(0, len(self.requests), 2)
+        }
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def test_row_of_a_mixed_batch_equals_the_solo_run(world: World) -> None:
+    got = run(make_engine(world.base), world.arrivals(max_tokens=NEW_TOKENS))
+    for i, (name, prompt) in enumerate(world.requests):
+        tokens, gap = solo_greedy(world.base, world.adapters[name], prompt, NEW_TOKENS)
+        assert gap > CLEAR_GAP, f"{name}: the oracle itself is not sure ({gap})"
+        assert got.tokens[i] == tokens, f"{name}, {len(prompt)} tokens"
+    assert got.most_adapters > 1
+
+
+def test_log_probabilities_of_the_prompt_equal_the_solo_run(world: World) -> None:
+    got = run(make_engine(world.base), world.arrivals(max_tokens=0, prompt_logprobs=0))
+    told = {event.request_id: event.logprobs for event in got.events if isinstance(event, m.PromptLogprobs)}
+    for i, (name, prompt) in enumerate(world.requests):
+        expected = solo_logits(world.base, world.adapters[name], prompt).log_softmax(-1)
+        oracle = expected[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
+        ours = torch.tensor([entry.logprob for entry in told[i]])
+        error = (ours - oracle).pow(2).mean().sqrt() / oracle.pow(2).mean().sqrt()
+        assert error <= 1e-5, f"{name}, {len(prompt)} tokens: {error}"
+
+
+def test_the_oracle_bites(world: World) -> None:
+    """Each adapter changes the logits, in its own way."""
+    prompt = world.requests[0][1]
+    logits = [solo_logits(world.base, folder, prompt) for folder in world.adapters.values()]
+    for i, one in enumerate(logits):
+        for other in logits[i + 1 :]:
+            assert (one - other).abs().max() > 1e-2
