@@ -53,6 +53,8 @@ class ChorusError(Exception):
         self.reason = reason or self.default_reason
         self.violations = tuple(violations) or ((FieldViolation(field, message),) if field else ())
         self.retry_after_s = retry_after_s
+        # The caller's own id of the request that failed, where it had one; set by the client.
+        self.request_id: str | None = None
 
 
 class InvalidArgument(ChorusError):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def test_deleted_blob_is_gone_and_can_come_back(store: BlobStore, tmp_path: Path
     with (store.path(D1) / "adapter_model.safetensors").open("rb") as reader:
         store.delete(D1)
         assert not store.exists(D1)
+        store.close()  # waits for the files
         assert everything(tmp_path / "blobs") == set()
         assert len(reader.read()) == 100_000
     store.delete(D1)
@@ -154,5 +156,32 @@ def test_concurrent_puts_and_deletes_leave_whole_blobs_or_none(store: BlobStore,
         thread.join()
     assert not failures
     store.put(D1, FILES)
+    store.close()  # what was deleted is gone from the disk too
     assert everything(tmp_path / "blobs") == {f"sha256/ab/{D1}/{name}" for name in FILES}
     assert (store.path(D1) / "adapter_model.safetensors").stat().st_size == 100_000
+
+
+def test_delete_waits_for_no_slow_disk(store: BlobStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry calls it under its lock, where new calls wait."""
+    store.put(D1, FILES)
+    may_remove, remove = threading.Event(), shutil.rmtree
+
+    def slow(path: Path, **options: Any) -> None:
+        assert may_remove.wait(20)
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", slow)
+    store.delete(D1)
+    assert not store.exists(D1)
+    assert everything(tmp_path / "blobs") != set(), "it has waited"
+    may_remove.set()
+    store.close()
+    assert everything(tmp_path / "blobs") == set()
+
+
+def test_files_that_were_being_deleted_in_a_crash_are_swept(store: BlobStore, tmp_path: Path) -> None:
+    """As it looks when the process dies between the rename and the removal."""
+    store.put(D1, FILES)
+    store.path(D1).rename(tmp_path / "blobs" / "tmp" / "doomed")
+    assert BlobStore(tmp_path / "blobs").sweep({D1}) == ()
+    assert everything(tmp_path / "blobs") == set()

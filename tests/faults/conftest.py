@@ -40,6 +40,18 @@ def client(calm: ServerProcess) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="session")
+def narrow(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """Four rows, four places in the queue, 16 unread tokens, messages of 1 MiB, steps of 20 ms: easily too much."""
+    state = tmp_path_factory.mktemp("narrow") / "state"
+    limits = ("--max-rows", "4", "--max-queue", "4", "--max-message-mb", "1", "--stream-queue-tokens", "16")
+    options = ("--model", str(world.base), *OPTIONS, *limits)
+    with ServerProcess(state, *options, failpoints="engine.forward=sleep:0.02") as server:
+        yield server
+        assert server.alive, "a fault has killed the server:\n" + "".join(server.log)
+        assert not any("Traceback" in line for line in server.log), "".join(server.log)
+
+
+@pytest.fixture(scope="session")
 def slow_state(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The state folder of `drain`'s server, and then of `restarted`."""
     return tmp_path_factory.mktemp("slow") / "state"

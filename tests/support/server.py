@@ -114,6 +114,9 @@ class ServerProcess:
         self._reader.join(5)
         assert self.process.stdout is not None
         self.process.stdout.close()
+        code = self.process.returncode
+        if code < 0 and -code not in (signal.SIGKILL, signal.SIGTERM):
+            raise RuntimeError(f"the server died of {signal.Signals(-code).name}:\n" + "".join(self.log))
 
     def _read(self) -> None:
         assert self.process.stdout is not None

@@ -1,7 +1,7 @@
 """Adapter files by content: `sha256/xx/DIGEST/` under the store's root, complete or absent.
 
     put:     tmp/RANDOM/ (written, synced) ── rename ──> sha256/xx/DIGEST/ (folder synced)
-    delete:  sha256/xx/DIGEST/ ── rename ──> tmp/RANDOM/, removed
+    delete:  sha256/xx/DIGEST/ ── rename ──> tmp/RANDOM/, removed on a thread of its own
 
 Renames on one file system are atomic, so a crash leaves at worst a folder under `tmp`, or a blob that no record names;
 `sweep` removes both at start. Files in a blob never change. Knows bytes and digests, not adapters; what a digest is
@@ -10,11 +10,13 @@ over is the caller's matter (`chorus.adapters.digest`).
 Thread-safe. Whoever puts a blob for a digest that others may be deleting holds a lease on it (`registry`) meanwhile.
 """
 
+import contextlib
 import errno
 import os
 import shutil
 import uuid
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from chorus.adapters.durable import disk_full_is_resource_exhausted, make_folder, sync_folder, write_synced
@@ -30,6 +32,11 @@ class BlobStore:
         with disk_full_is_resource_exhausted():
             make_folder(self._tmp)
             make_folder(self._blobs)
+        self._remover = ThreadPoolExecutor(1, thread_name_prefix="chorus-blob-remover")
+
+    def close(self) -> None:
+        """Waits for what is being removed. Afterwards only reading is possible."""
+        self._remover.shutdown()
 
     def path(self, digest: str) -> Path:
         """The folder of this blob, whether it exists or not.
@@ -70,14 +77,17 @@ class BlobStore:
         return final
 
     def delete(self, digest: str) -> None:
-        """Removes a blob; does nothing where there is none. Files that are open stay readable."""
+        """Takes a blob away; does nothing where there is none. Files that are open stay readable.
+
+        Quick, for callers that hold a lock: only the rename happens here. Should a crash undo it, the next start
+        finds a blob that no record names.
+        """
         doomed = self._new_tmp()
         try:
             self.path(digest).rename(doomed)
         except FileNotFoundError:
             return
-        sync_folder(self.path(digest).parent)
-        shutil.rmtree(doomed, ignore_errors=True)
+        self._remover.submit(self._remove_doomed, doomed, self.path(digest).parent)
 
     def sweep(self, known: Collection[str]) -> tuple[str, ...]:
         """Removes what crashes have left: everything under `tmp`, and blobs whose digest is not in `known`.
@@ -93,6 +103,11 @@ class BlobStore:
                 _remove(blob)
                 sync_folder(blob.parent)
         return tuple(orphans)
+
+    def _remove_doomed(self, doomed: Path, parent: Path) -> None:
+        with contextlib.suppress(OSError):
+            sync_folder(parent)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def _new_tmp(self) -> Path:
         return self._tmp / uuid.uuid4().hex

@@ -5,7 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import NoReturn
 
-from chorus import failpoints
+from chorus import failpoints, logs
 from chorus.adapters.names import (
     LIVE,
     AdapterName,
@@ -66,6 +66,8 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
             raise InvalidArgument("the first message must have the header", field="header")
         header = first.header
         name, alias = self._check_header(header)
+        if header.request_id:
+            logs.note(request_id=header.request_id)
         async with self._uploads.folder() as folder:
             await self._uploads.receive(request_iterator, header.files, folder)
             await failpoints.hit_async("upload.received")

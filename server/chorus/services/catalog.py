@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from chorus import failpoints
+from chorus import failpoints, logs
 from chorus.adapters.blobs import BlobStore
 from chorus.adapters.names import AdapterName, parse_name
 from chorus.adapters.records import AdapterRecord, VersionRecord
@@ -64,6 +64,7 @@ class Catalog:
 
     def close(self) -> None:
         self._registry.close()
+        self._blobs.close()
 
     @contextmanager
     def lease(self, adapter: str, caller: Tenant) -> Iterator[Leased]:
@@ -75,11 +76,13 @@ class Catalog:
             FailedPrecondition: the adapter has no live version; the version is made for another base.
         """
         if not adapter:
+            logs.note(tenant=caller.id)
             yield Leased(None, "", caller.id)
             return
         name = parse_name(adapter)
         with self._hold(name) as (ref, version):
             owner = caller.acting_on(name.tenant).id
+            logs.note(tenant=owner, adapter_version=ref.digest)
             yield Leased(ref, str(name.version(ref.digest)), owner, version.chat_template)
 
     @contextmanager

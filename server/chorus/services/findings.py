@@ -7,6 +7,10 @@ from chorus.errors import FieldViolation, InvalidArgument
 MAX_REQUEST_ID = 128
 
 
+def is_request_id(text: str) -> bool:
+    return len(text) <= MAX_REQUEST_ID and text.isascii() and text.isprintable()
+
+
 @dataclass(slots=True)
 class Findings:
     """Gathers violations; `raise_any` tells them."""
@@ -27,8 +31,8 @@ class Findings:
 
     def request_id(self, request_id: str, name: str = "request_id") -> bool:
         """It goes into logs, so it must not break their lines."""
-        fine = len(request_id) <= MAX_REQUEST_ID and request_id.isascii() and request_id.isprintable()
-        return self.require(fine, name, f"must be at most {MAX_REQUEST_ID} printable ASCII characters")
+        known = f"must be at most {MAX_REQUEST_ID} printable ASCII characters"
+        return self.require(is_request_id(request_id), name, known)
 
     def raise_any(self) -> None:
         """Raises InvalidArgument with all violations, if there are any."""

@@ -194,11 +194,14 @@ def _not_built(method: str, why: str) -> NoReturn:
 
 
 async def _tell_version(context: Context, version_name: str) -> None:
-    """Initial and trailing metadata name the version that answers; the base model itself has none."""
-    if version_name:
-        metadata = ((VERSION_METADATA, version_name),)
-        context.set_trailing_metadata(metadata)
-        await context.send_initial_metadata(metadata)
+    """Initial and trailing metadata name the version that answers; the base model itself has none.
+
+    Sent apart from the first message, always: while a message that nobody reads still carries them, grpc takes no
+    status, and the call could not be ended.
+    """
+    metadata = ((VERSION_METADATA, version_name),) if version_name else ()
+    context.set_trailing_metadata(metadata)
+    await context.send_initial_metadata(metadata)
 
 
 def _deadline(context: Context) -> float | None:

@@ -1,4 +1,7 @@
-"""`serve`: loads the base, runs the server until it is drained, minds the signals."""
+"""`serve`: loads the base, runs the server until it is drained, minds the signals.
+
+Imports what is heavy only inside `serve`, once a signal ends the process properly.
+"""
 
 import asyncio
 import dataclasses
@@ -6,10 +9,15 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING
 
+from chorus import logs
 from chorus.config import ServerConfig
-from chorus.services.assembly import ChorusServer, Endpoints, MakeEngine, ServedBase
-from chorus.services.listeners import check_port
+
+if TYPE_CHECKING:
+    from chorus.engine.memory import MemoryPlan
+    from chorus.services.assembly import ChorusServer, Endpoints, MakeEngine, ServedBase
 
 log = logging.getLogger(__name__)
 
@@ -18,26 +26,42 @@ EXIT_INTERRUPTED = 130
 __all__ = ["Endpoints", "serve"]
 
 
-def serve(config: ServerConfig, *, on_ready: Callable[[Endpoints], None]) -> int:
-    """Runs the server until it is drained; returns the exit code.
+def serve(config: ServerConfig, *, on_ready: Callable[["Endpoints", "MemoryPlan"], None]) -> int:
+    """Runs the server until it is drained; returns the exit code. For the main thread.
 
     Raises:
         ChorusError: it could not start: a taken port, an unreadable model or registry. Nothing is left running.
     """
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, _end_at_once)
+    from chorus.services.listeners import check_port
+
     for port, flag in ((config.port, "--port"), (config.admin_port, "--admin-port")):
         check_port(config.host, port, flag)
     check_port(config.host, config.metrics_port, "--metrics-port")
-    # Loaded before there is an event loop, so that an interrupt ends it at once.
-    served, make_engine = _load(config)
-    return asyncio.run(_run(config, served, make_engine, on_ready))
+    log.debug("loading the base model")
+    served, make_engine, memory = _load(config)
+    logs.adopt_others()
+    return asyncio.run(_run(config, served, make_engine, lambda endpoints: on_ready(endpoints, memory)))
 
 
-def _load(config: ServerConfig) -> tuple[ServedBase, MakeEngine]:
+def _end_at_once(signum: int, frame: FrameType | None) -> None:
+    """Ends the process while nobody is served yet: nothing is to be waited for, and the disk is always safe.
+
+    An exception instead could be lost: it would come up in the middle of whatever another package imports or reads.
+    """
+    log.info("%s before the server was ready: ended, nothing was served", signal.Signals(signum).name)
+    logging.shutdown()
+    os._exit(EXIT_INTERRUPTED if signum == signal.SIGINT else 0)
+
+
+def _load(config: ServerConfig) -> tuple["ServedBase", "MakeEngine", "MemoryPlan"]:
     from chorus.engine.engine import Engine
     from chorus.engine.memory import plan_memory
     from chorus.engine.thread import EngineThread
     from chorus.models.base import load_base
     from chorus.models.digest_cache import DigestCache
+    from chorus.services.assembly import ServedBase
 
     base = load_base(
         config.model,
@@ -60,25 +84,27 @@ def _load(config: ServerConfig) -> tuple[ServedBase, MakeEngine]:
         )
 
     facts = dataclasses.replace(base.facts, context_length=memory.context_length)
-    return ServedBase(facts, base.tokenizer, base.sites, base.weight), lambda on_events, on_death: EngineThread(
-        build, on_events, on_death
-    )
+    served = ServedBase(facts, base.tokenizer, base.sites, base.weight)
+    return served, lambda on_events, on_death: EngineThread(build, on_events, on_death), memory
 
 
 async def _run(
-    config: ServerConfig, served: ServedBase, make_engine: MakeEngine, on_ready: Callable[[Endpoints], None]
+    config: ServerConfig, served: "ServedBase", make_engine: "MakeEngine", on_ready: Callable[["Endpoints"], None]
 ) -> int:
+    from chorus.services.assembly import ChorusServer
+
     server = ChorusServer(config, served, make_engine)
+    _on_signals(server)
     try:
         endpoints = await server.start()
-        _on_signals(server)
-        on_ready(endpoints)
+        if not server.draining:
+            on_ready(endpoints)
         return await server.until_drained()
     finally:
         await server.close()
 
 
-def _on_signals(server: ChorusServer) -> None:
+def _on_signals(server: "ChorusServer") -> None:
     """SIGTERM and SIGINT drain; an interrupt during the drain ends the process at once (the disk is always safe)."""
     loop = asyncio.get_running_loop()
 

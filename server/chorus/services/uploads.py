@@ -160,7 +160,7 @@ async def next_request(requests: Requests) -> adapters_pb2.CreateAdapterVersionR
         async with asyncio.timeout(STALLED_AFTER_S):
             return await anext(requests, None)
     except TimeoutError:
-        text = f"nothing came for {STALLED_AFTER_S:g} seconds"
+        text = f"nothing came for {STALLED_AFTER_S:g} seconds; start the upload again"
         raise DeadlineExceeded(text, reason="UPLOAD_STALLED") from None
 
 
