@@ -5,7 +5,7 @@ below is all four at once: `chorus serve` makes its flags from it.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -57,15 +57,20 @@ class ServerConfig(BaseModel):
     drain_grace_s: float = Field(
         default=30.0, ge=0, le=86400, description="Grace for running requests at SIGTERM, seconds."
     )
+    log_format: Literal["text", "json"] = Field(default="text", description="json: one object a line, on stderr.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="The least important lines that are logged."
+    )
 
 
 def load_config(flags: Mapping[str, Any], config_file: Path | None = None) -> ServerConfig:
     """Builds the configuration; `flags` holds only what was given on the command line.
 
     Raises:
-        ConfigError: a value out of range or of the wrong type, an unknown key in the file, a file that is not there.
+        ConfigError: a value out of range or of the wrong type, an unknown key or variable, a file that is not there.
     """
     from_file = _read_yaml(config_file) if config_file is not None else {}
+    _refuse_unknown_variables()
     variables = {name: os.environ.get(f"{ENV_PREFIX}{name.upper()}", "") for name in ServerConfig.model_fields}
     from_environment = {name: value for name, value in variables.items() if value}
     try:
@@ -82,6 +87,22 @@ def load_config(flags: Mapping[str, Any], config_file: Path | None = None) -> Se
                 origin = f"{config_file}: {name}"
             problems.append(f"{origin}: {problem['msg']}, not {problem['input']!r}")
         raise ConfigError("; ".join(problems)) from None
+
+
+# Not configuration of the server: set by tests alone.
+OTHER_VARIABLES = frozenset({"CHORUS_FAILPOINTS"})
+
+
+def _refuse_unknown_variables() -> None:
+    known = {f"{ENV_PREFIX}{name.upper()}" for name in ServerConfig.model_fields}
+    for name in sorted(os.environ):
+        if name.startswith(ENV_PREFIX) and name not in known | OTHER_VARIABLES:
+            raise ConfigError(f"unknown variable {name}{_suggestion(name, known)}")
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def flag_of(field: str) -> str:
@@ -102,6 +123,5 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: must hold `key: value` lines")
     for key in content:
         if key not in ServerConfig.model_fields:
-            close = get_close_matches(str(key), ServerConfig.model_fields, n=1)
-            raise ConfigError(f"{path}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise ConfigError(f"{path}: unknown key {key!r}{_suggestion(str(key), ServerConfig.model_fields)}")
     return content

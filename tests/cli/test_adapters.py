@@ -209,3 +209,36 @@ def test_a_stale_etag_is_one_line(fake: FakeChorus, run: Run) -> None:
     fake.answer("Adapters.SetAlias", error_status(grpc.StatusCode.ABORTED, "changed since", "STALE_ETAG"))
     result = run("adapters", "alias", NAME, "live", DIGEST, "--etag", "old", "--admin", fake.address)
     assert (result.exit_code, result.stderr) == (1, "chorus: ABORTED (STALE_ETAG): changed since\n")
+
+
+def test_show_tells_aliases_config_metrics_and_place(fake: FakeChorus, run: Run) -> None:
+    fake.answer("Adapters.GetAdapter", ADAPTER)
+    stored = adapter_pb2.AdapterVersion()
+    stored.CopyFrom(STORED)
+    stored.site_count, stored.task, stored.metrics["validation_loss"] = 28, "generate", 0.25
+    older = adapter_pb2.AdapterVersion(name="n", digest="cd" * 32, kind="LORA", create_time=Timestamp(seconds=0))
+    fake.answer("Adapters.ListVersions", adapters_pb2.ListVersionsResponse(versions=[older, stored]))
+    fake.answer("Adapters.GetResidency", RESIDENCY)
+    result = run("adapters", "show", "acme/support", "--admin", fake.address)
+    assert result.exit_code == 0
+    for said in (NAME, f"{DIGEST}  (live)", "LORA, rank 8, 28 target modules", "validation_loss 0.25", "not loaded"):
+        assert said in result.stdout
+    assert "device, 1 requests running" in result.stdout
+    assert result.stdout.index(DIGEST) < result.stdout.index("cd" * 32)
+
+
+def test_shown_json_joins_versions_with_their_place(fake: FakeChorus, run_json: RunJson) -> None:
+    fake.answer("Adapters.GetAdapter", ADAPTER)
+    fake.answer("Adapters.ListVersions", adapters_pb2.ListVersionsResponse(versions=[STORED]))
+    fake.answer("Adapters.GetResidency", RESIDENCY)
+    found = run_json("adapters", "show", "acme/support", "--admin", fake.address)
+    [version] = found["versions"]
+    assert (found["name"], version["aliases"], version["residency"]["tier"]) == (NAME, ["live"], "device")
+
+
+def test_a_typo_in_a_name_is_pointed_out(fake: FakeChorus, run: Run) -> None:
+    gone = error_status(grpc.StatusCode.NOT_FOUND, "no adapter", "ADAPTER_NOT_FOUND")
+    fake.answer("Adapters.ListVersions", gone)
+    fake.answer("Adapters.ListAdapters", adapters_pb2.ListAdaptersResponse(adapters=[ADAPTER]))
+    result = run("adapters", "versions", "acme/suport", "--admin", fake.address)
+    assert result.stderr == "chorus: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter; did you mean acme/support?\n"

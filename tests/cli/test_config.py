@@ -25,9 +25,20 @@ def test_an_empty_variable_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_config({}).model is None
 
 
-def test_an_unrelated_chorus_variable_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tests_own_variable_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHORUS_FAILPOINTS", "x=error")
     assert load_config({}) == ServerConfig()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("CHORUS_PROT", "CHORUS_PROT; did you mean 'CHORUS_PORT'?"), ("CHORUS_ZZZZZZZZZ", "variable CHORUS_Z")],
+)
+def test_an_unknown_variable_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, name: str, said: str) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ConfigError) as caught:
+        load_config({})
+    assert said in str(caught.value)
 
 
 def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from typer.testing import Result
 
-from chorus.v1 import generate_pb2, model_pb2
+from chorus.cli.options import SAMPLING
+from chorus.v1 import adapter_pb2, generate_pb2, inference_pb2, model_pb2
 from client.fake_chorus import FakeChorus, error_status
 
 Run = Callable[..., Result]
@@ -73,10 +74,14 @@ def test_token_ids_are_shown_where_there_is_no_text(fake: FakeChorus, run: Run, 
 
 
 def test_every_flag_arrives(fake: FakeChorus, run: Run) -> None:
-    fake.answer("Inference.Generate", LAST)
+    other = generate_pb2.GenerateResponse(index=1, text="x", finish_reason=generate_pb2.FINISH_REASON_STOP)
+    fake.answer("Inference.Generate", other, LAST)
     flags = (
         *("--adapter", "acme/support@canary", "--token-ids", "1, 2,3", "--max-tokens", 9, "--min-tokens", 3),
         *("--temperature", 0, "--top-k", 4, "--top-p", 0.5, "--min-p", 0.25, "--seed", 11),
+        *("--presence-penalty", 0.5, "--frequency-penalty", 0.25, "--repetition-penalty", 1.5, "--n", 2),
+        *("--logit-bias", "7=-5", "--logit-bias", "8=2.5", "--logprobs", 0, "--prompt-logprobs", 3, "--json"),
+        *("--priority", -2, "--request-id", "job-7"),
         *("--stop", "a,b", "--stop", "c", "--stop-token-ids", "7,8", "--ignore-eos", "--timeout", 33),
     )
     assert run("generate", "--server", fake.address, *flags).exit_code == 0
@@ -95,7 +100,42 @@ def test_every_flag_arrives(fake: FakeChorus, run: Run) -> None:
         stop=["a,b", "c"],
         stop_token_ids=[7, 8],
         ignore_eos=True,
+        presence_penalty=0.5,
+        frequency_penalty=0.25,
+        repetition_penalty=1.5,
+        n=2,
+        logit_bias={7: -5.0, 8: 2.5},
+        logprobs=0,
+        prompt_logprobs=3,
     )
+    assert (call.request.priority, call.request.request_id) == (-2, "job-7")
+
+
+def test_the_flags_are_those_of_the_contract() -> None:
+    assert {name for name, *_ in SAMPLING} == set(generate_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
+
+
+def test_messages_are_sent(fake: FakeChorus, run: Run) -> None:
+    fake.answer("Inference.Generate", LAST)
+    assert run("generate", "--server", fake.address, "--messages", '[{"role": "user", "content": "hi"}]').exit_code == 0
+    [message] = fake.calls[0].request.messages.messages
+    assert (message.role, message.content) == ("user", "hi")
+
+
+def test_several_outputs_are_told_apart(fake: FakeChorus, run: Run) -> None:
+    other = generate_pb2.GenerateResponse(index=1, text="Bye", finish_reason=generate_pb2.FINISH_REASON_LENGTH)
+    fake.answer("Inference.Generate", FIRST, other, LAST)
+    result = run("generate", "--server", fake.address, "--prompt", "hi", "--n", 2)
+    assert result.stdout == "--- 1 of 2: stop\nHello\n--- 2 of 2: length\nBye\n"
+
+
+def test_a_typo_in_the_adapters_name_is_pointed_out(fake: FakeChorus, run: Run) -> None:
+    fake.answer("Inference.Generate", error_status(grpc.StatusCode.NOT_FOUND, "no adapter", "ADAPTER_NOT_FOUND"))
+    known = [adapter_pb2.Adapter(name=f"tenants/acme/adapters/{name}") for name in ("billing", "support")]
+    fake.answer("Inference.ListAdapters", inference_pb2.ListAdaptersResponse(adapters=known))
+    result = run("generate", "--server", fake.address, "--adapter", "acme/suport@canary", "--prompt", "hi")
+    assert result.stderr == "chorus: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter; did you mean acme/support?\n"
+    assert fake.calls_of("Inference.ListAdapters")[0].request.parent == "tenants/acme"
 
 
 def test_flags_not_given_are_left_to_the_server(fake: FakeChorus, run: Run) -> None:
@@ -112,6 +152,15 @@ def test_flags_not_given_are_left_to_the_server(fake: FakeChorus, run: Run) -> N
         ("--token-ids", "1,x"),
         ("--prompt", "hi", "--stop-token-ids", "a"),
         ("--prompt", "hi", "--max-tokens", "many"),
+        ("--prompt", "hi", "--logit-bias", "7"),
+        ("--prompt", "hi", "--logprobs", "1"),
+        ("--prompt", "hi", "--n", "2", "--stream"),
+        ("--prompt", "hi", "--output", "out.jsonl"),
+        ("--messages", "hi"),
+        ("--messages", "[]"),
+        ("--input", "in.jsonl"),
+        ("--input", "in.jsonl", "--output", "out.jsonl", "--json"),
+        ("--input", "in.jsonl", "--prompt", "hi"),
     ],
 )
 def test_wrong_flags_are_exit_2_and_nothing_is_asked(fake: FakeChorus, run: Run, flags: tuple[str, ...]) -> None:

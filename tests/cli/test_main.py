@@ -12,7 +12,7 @@ from chorus.cli.lazy import Deferred, LazyGroup, load, new_app, plugins
 
 Run = Callable[..., Result]
 Chorus = Callable[..., "subprocess.CompletedProcess[str]"]
-COMMANDS = ("serve", "generate", "adapters", "train", "demo")
+COMMANDS = ("serve", "generate", "chat", "score", "adapters", "train", "demo")
 
 
 def one_line(text: str) -> str:

@@ -16,6 +16,8 @@ Run = Callable[..., Result]
 Serve = Callable[..., int]
 FACTS = SimpleNamespace(name="tiny", model_type="llama", parameter_count=3_000_000, dtype="float32", context_length=512)
 
+MEMORY = SimpleNamespace(kv_blocks=100, block_size=16, adapter_rows=4096)
+
 
 def ports(host: str = "127.0.0.1") -> SimpleNamespace:
     """What the server tells once it listens."""
@@ -62,6 +64,8 @@ def test_every_field_is_a_flag(server: Callable[[Serve], None], run: Run) -> Non
         "max_adapter_mb": 11,
         "stream_queue_tokens": 22,
         "drain_grace_s": 1.5,
+        "log_format": "json",
+        "log_level": "debug",
     }
     flags = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", value)]
     assert run("serve", *flags).exit_code == 0
@@ -76,11 +80,13 @@ def test_help_tells_every_flag_with_its_default(run: Run) -> None:
 
 
 def test_ready_is_one_line_on_stdout_and_the_rest_on_stderr(server: Callable[[Serve], None], run: Run) -> None:
-    server(lambda config, on_ready: on_ready(ports()) or 0)
+    server(lambda config, on_ready: on_ready(ports(), MEMORY) or 0)
     result = run("serve")
     assert result.exit_code == 0
     assert result.stdout == "chorus ready inference=127.0.0.1:7001 admin=127.0.0.1:7002 metrics=127.0.0.1:7003\n"
     assert "tiny (llama, 3.0 M parameters)" in result.stderr
+    assert "1,600 tokens" in result.stderr
+    assert "4,096 rank rows" in result.stderr
     assert 'chorus generate --server 127.0.0.1:7001 --prompt "' in result.stderr
 
 
@@ -95,7 +101,7 @@ def test_ready_is_one_line_on_stdout_and_the_rest_on_stderr(server: Callable[[Se
 def test_the_call_to_paste_reaches_a_server_that_listens_everywhere(
     server: Callable[[Serve], None], run: Run, host: str, bound: str, reached: str
 ) -> None:
-    server(lambda config, on_ready: on_ready(ports(host)) or 0)
+    server(lambda config, on_ready: on_ready(ports(host), MEMORY) or 0)
     result = run("serve")
     assert f"inference={bound} " in result.stdout
     assert f"--server {reached} " in result.stderr

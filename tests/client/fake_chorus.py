@@ -61,13 +61,13 @@ class FakeChorus(grpc.GenericRpcHandler):
     def __exit__(self, *_: object) -> None:
         self._server.stop(0).wait()
 
-    def answer(self, method: str, *items: object) -> None:
-        """Queues the answer to one call of `Service.Method`.
+    def answer(self, method: str, *items: object, times: int = 1) -> None:
+        """Queues the answer to one call of `Service.Method`, or to as many as `times` says.
 
         Items: messages to send; a google.rpc.Status, a (StatusCode, text) pair or (StatusCode, text, details bytes) to
         end with; a callable, called with the request iterator of a streamed upload, or else with the context.
         """
-        self._scripts[method].append(items)
+        self._scripts[method].extend([items] * times)
 
     def until_gone(self, context: grpc.ServicerContext) -> None:
         """An item of a script: waits for the client to leave, 10 s at most."""

@@ -4,6 +4,7 @@ import grpc
 import pytest
 
 from chorus.client import Client
+from chorus.client.transport import MAX_ATTEMPTS
 from chorus.errors import (
     BY_CODE,
     ChorusError,
@@ -20,7 +21,8 @@ from client.fake_chorus import FakeChorus, error_status
 
 @pytest.mark.parametrize("code", sorted(BY_CODE))
 def test_each_code_comes_back_as_its_class_with_the_servers_reason(fake: FakeChorus, client: Client, code: str) -> None:
-    fake.answer("Inference.Generate", error_status(grpc.StatusCode[code], "what happened", "SOME_REASON"))
+    status = error_status(grpc.StatusCode[code], "what happened", "SOME_REASON")
+    fake.answer("Inference.Generate", status, times=MAX_ATTEMPTS)
     with pytest.raises(ChorusError) as caught:
         client.generate("hi")
     assert type(caught.value) is BY_CODE[code]
@@ -65,6 +67,16 @@ def test_when_to_try_again_comes_back(fake: FakeChorus, client: Client) -> None:
     assert caught.value.retry_after_s == 1.5
 
 
+def test_the_callers_request_id_comes_back(fake: FakeChorus, client: Client) -> None:
+    fake.answer("Inference.Generate", (grpc.StatusCode.NOT_FOUND, "gone"), times=2)
+    with pytest.raises(NotFound) as caught:
+        client.generate("hi", request_id="job-7")
+    assert caught.value.request_id == "job-7"
+    with pytest.raises(NotFound) as caught:
+        client.generate("hi")
+    assert caught.value.request_id is None
+
+
 def test_garbled_details_leave_the_code_and_the_text(fake: FakeChorus, client: Client) -> None:
     fake.answer("Inference.GetModel", (grpc.StatusCode.NOT_FOUND, "gone", b"\xff\xff\xff"))
     with pytest.raises(NotFound, match="gone"):
@@ -72,7 +84,8 @@ def test_garbled_details_leave_the_code_and_the_text(fake: FakeChorus, client: C
 
 
 def test_a_draining_server_is_not_mistaken_for_an_absent_one(fake: FakeChorus, client: Client) -> None:
-    fake.answer("Inference.GetModel", error_status(grpc.StatusCode.UNAVAILABLE, "draining", "DRAINING"))
+    draining = error_status(grpc.StatusCode.UNAVAILABLE, "draining", "DRAINING")
+    fake.answer("Inference.GetModel", draining, times=MAX_ATTEMPTS)
     with pytest.raises(Unavailable) as caught:
         client.model()
     assert (caught.value.reason, caught.value.message) == ("DRAINING", "draining")

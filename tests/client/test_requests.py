@@ -3,15 +3,15 @@ from typing import Any
 
 import pytest
 
-from chorus.client import Client
+from chorus.client import Client, Sampling, Score, Scores
 from chorus.errors import InvalidArgument
-from chorus.v1 import adapter_pb2, generate_pb2, inference_pb2, model_pb2
+from chorus.v1 import adapter_pb2, generate_pb2, inference_pb2, model_pb2, tasks_pb2
 from client.fake_chorus import FakeChorus
 
 DONE = generate_pb2.GenerateResponse(text="x", finish_reason=generate_pb2.FINISH_REASON_STOP)
 
 
-def ask(fake: FakeChorus, client: Client, prompt: str | Sequence[int], **kwargs: Any) -> generate_pb2.GenerateRequest:
+def ask(fake: FakeChorus, client: Client, prompt: Any, **kwargs: Any) -> generate_pb2.GenerateRequest:
     fake.answer("Inference.Generate", DONE)
     client.generate(prompt, **kwargs)
     request: generate_pb2.GenerateRequest = fake.calls[-1].request
@@ -48,9 +48,66 @@ def test_every_sampling_parameter_arrives(fake: FakeChorus, client: Client) -> N
         "stop": ["a", "b"],
         "stop_token_ids": [8, 9],
         "ignore_eos": True,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.25,
+        "logit_bias": {7: -5.0, 0: 1.5},
+        "logprobs": 0,
+        "prompt_logprobs": 3,
+        "n": 1,
     }
+    assert given.keys() == Sampling.__annotations__.keys()
     sampling = ask(fake, client, "hi", **given).sampling
     assert {name: getattr(sampling, name) for name in given} == given
+
+
+def test_every_sampling_parameter_of_the_contract_can_be_given() -> None:
+    assert set(generate_pb2.SamplingParams.DESCRIPTOR.fields_by_name) == Sampling.__annotations__.keys()
+
+
+def test_messages_go_as_messages(fake: FakeChorus, client: Client) -> None:
+    said = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    request = ask(fake, client, said)
+    assert [(message.role, message.content) for message in request.messages.messages] == [
+        ("system", "be brief"),
+        ("user", "hi"),
+    ]
+
+
+def test_priority_and_request_id_arrive(fake: FakeChorus, client: Client) -> None:
+    request = ask(fake, client, "hi", priority=-3, request_id="job-7")
+    assert (request.priority, request.request_id) == (-3, "job-7")
+
+
+def test_texts_are_scored(fake: FakeChorus, client: Client) -> None:
+    first = tasks_pb2.ContinuationScore(logprob=-1.5, token_logprobs=[-1.0, -0.5], token_ids=[3, 4])
+    fake.answer("Inference.Score", tasks_pb2.ScoreResponse(scores=[first], adapter_version="v"))
+    found = client.score("the", [" end"], adapter="acme/support", request_id="job-7")
+    assert found == Scores((Score(-1.5, (-1.0, -0.5), (3, 4)),), "v")
+    request = fake.calls[0].request
+    assert (request.prompt, list(request.continuations), request.request_id) == ("the", [" end"], "job-7")
+    assert request.adapter == "tenants/acme/adapters/support"
+
+
+def test_token_ids_are_scored(fake: FakeChorus, client: Client) -> None:
+    fake.answer("Inference.Score", tasks_pb2.ScoreResponse())
+    client.score([1, 2], [[3], [4, 5]])
+    request = fake.calls[0].request
+    assert list(request.prompt_token_ids) == [1, 2]
+    assert [list(ids.ids) for ids in request.continuation_token_ids] == [[3], [4, 5]]
+
+
+def test_one_text_is_not_a_list_of_continuations(client: Client) -> None:
+    with pytest.raises(InvalidArgument, match="continuations"):
+        client.score("the", " end")
+
+
+def test_texts_become_token_ids_and_back(fake: FakeChorus, client: Client) -> None:
+    fake.answer("Inference.Tokenize", tasks_pb2.TokenizeResponse(token_ids=[4, 2]))
+    fake.answer("Inference.Detokenize", tasks_pb2.DetokenizeResponse(text="hi"))
+    assert client.tokenize("hi") == (4, 2)
+    assert client.detokenize([4, 2]) == "hi"
+    assert [list(fake.calls[1].request.token_ids), fake.calls[0].request.text] == [[4, 2], "hi"]
 
 
 def test_unset_differs_from_zero(fake: FakeChorus, client: Client) -> None:
@@ -72,6 +129,13 @@ def test_unset_differs_from_zero(fake: FakeChorus, client: Client) -> None:
         ([1.5], {}, "token_ids"),
         ("\udc80", {}, "text"),
         ("hi", {"adapter": "\udc80"}, "adapter"),
+        ("hi", {"logit_bias": {-1: 1.0}}, "sampling.logit_bias"),
+        ("hi", {"logit_bias": [7]}, "sampling.logit_bias"),
+        ("hi", {"n": True}, "sampling.n"),
+        ("hi", {"priority": 2**40}, "priority"),
+        ([{"role": "user"}], {}, "messages[0]"),
+        ([{"role": "user", "content": 5}], {}, "messages[0].content"),
+        ([{"role": "user", "content": "hi"}, "hi"], {}, "messages[1]"),
     ],
 )
 def test_what_the_wire_can_not_hold_is_refused_by_name(

@@ -118,7 +118,8 @@ def test_a_text_that_was_taken_proves_a_tokenizer(fake: FakeChorus, client: Clie
 
 def test_a_whole_answer_is_not_lost_when_the_server_takes_no_more_calls(fake: FakeChorus, client: Client) -> None:
     fake.answer("Inference.Generate", SILENT_END)
-    fake.answer("Inference.GetModel", error_status(grpc.StatusCode.UNAVAILABLE, "draining", "DRAINING"))
+    draining = error_status(grpc.StatusCode.UNAVAILABLE, "draining", "DRAINING")
+    fake.answer("Inference.GetModel", draining, times=4)
     result = client.generate([1])
     assert (result.token_ids, result.text) == ((9,), None)
 

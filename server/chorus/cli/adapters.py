@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from chorus.cli.lazy import new_app
+from chorus.cli.options import DEFAULT_ADMIN, JsonOption
 from chorus.cli.output import mebibytes, print_json, print_table, progress_bar, short
+from chorus.cli.suggest import adapter_suggestions
 
 if TYPE_CHECKING:
     from chorus.client import AdapterVersion, Client, ResidentVersion
@@ -20,21 +22,30 @@ app = new_app(
 
   chorus adapters push ./my-adapter --tenant acme --name support --alias canary
 
-  chorus adapters versions acme/support
+  chorus adapters show acme/support
 
   chorus adapters alias acme/support live 3f9a...c1   [dim]# also how to roll back[/dim]""",
 )
 
+
+def example(*calls: str) -> str:
+    """Gives the end of a subcommand's help."""
+    return "\n\n".join(["[bold]Examples[/bold]", *(f"  chorus adapters {call}" for call in calls)])
+
+
 AdminOption = Annotated[str, typer.Option("--admin", metavar="HOST:PORT", help="The server's admin port.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 AdapterArgument = Annotated[str, typer.Argument(metavar="NAME", help="tenants/T/adapters/A, or T/A for short.")]
 VersionArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="tenants/T/adapters/A/versions/DIGEST, or T/A/versions/DIGEST for short.")
 ]
-DEFAULT_ADMIN = "127.0.0.1:50052"
 
 
-@app.command()
+@app.command(
+    epilog=example(
+        "push ./my-adapter --tenant acme --name support",
+        "push ./my-adapter --tenant acme --name support --alias canary",
+    )
+)
 def push(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="A folder that PEFT saved.", exists=True, file_okay=False)
@@ -63,7 +74,7 @@ def push(
         )
 
 
-@app.command("list")
+@app.command("list", epilog=example("list", "list --tenant acme --json"))
 def list_adapters(
     tenant: Annotated[str | None, typer.Option(help="Only this tenant's.")] = None,
     admin: AdminOption = DEFAULT_ADMIN,
@@ -82,10 +93,23 @@ def list_adapters(
         )
 
 
-@app.command()
+@app.command(epilog=example("show acme/support"))
+def show(name: AdapterArgument, admin: AdminOption = DEFAULT_ADMIN, as_json: JsonOption = False) -> None:
+    """Show an adapter: aliases, and each version's config, size, metrics and place in memory."""
+    from chorus.cli.show import facts, print_facts
+
+    with _client(admin) as client, adapter_suggestions(name, client.list_adapters):
+        found = facts(client, name)
+    if as_json:
+        print_json(found)
+    else:
+        print_facts(found)
+
+
+@app.command(epilog=example("versions acme/support"))
 def versions(name: AdapterArgument, admin: AdminOption = DEFAULT_ADMIN, as_json: JsonOption = False) -> None:
     """List an adapter's versions."""
-    with _client(admin) as client:
+    with _client(admin) as client, adapter_suggestions(name, client.list_adapters):
         found = client.versions(name)
     if as_json:
         print_json({"versions": [asdict(version) for version in found]})
@@ -93,7 +117,7 @@ def versions(name: AdapterArgument, admin: AdminOption = DEFAULT_ADMIN, as_json:
         _print_versions(found)
 
 
-@app.command()
+@app.command(epilog=example("alias acme/support live 3f9a...c1", 'alias acme/support canary ""'))
 def alias(
     name: AdapterArgument,
     alias: Annotated[str, typer.Argument(help="For example live or canary.")],
@@ -104,7 +128,7 @@ def alias(
     as_json: JsonOption = False,
 ) -> None:
     """Point an alias at a version: roll out, or roll back."""
-    with _client(admin) as client:
+    with _client(admin) as client, adapter_suggestions(name, client.list_adapters):
         adapter = client.set_alias(name, alias, digest, etag=etag)
     if as_json:
         print_json(adapter)
@@ -112,7 +136,7 @@ def alias(
         print(f"{adapter.name}: {_aliases(adapter.aliases)}")
 
 
-@app.command()
+@app.command(epilog=example("delete acme/support/versions/3f9a...c1", "delete acme/support"))
 def delete(
     name: Annotated[str, typer.Argument(help="An adapter with all its versions, or one version.")],
     admin: AdminOption = DEFAULT_ADMIN,
@@ -121,7 +145,7 @@ def delete(
     """Delete an adapter or one version. Streams under way finish."""
     from chorus.client import expand
 
-    with _client(admin) as client:
+    with _client(admin) as client, adapter_suggestions(name, client.list_adapters):
         client.delete(name)
     if as_json:
         print_json({"deleted": expand(name)})
@@ -129,10 +153,10 @@ def delete(
         print(f"deleted {expand(name)}")
 
 
-@app.command()
+@app.command(epilog=example("pin acme/support/versions/3f9a...c1"))
 def pin(name: VersionArgument, admin: AdminOption = DEFAULT_ADMIN, as_json: JsonOption = False) -> None:
     """Keep a version on the device."""
-    with _client(admin) as client:
+    with _client(admin) as client, adapter_suggestions(name, client.list_adapters):
         version = client.pin(name)
     if as_json:
         print_json(version)
@@ -140,10 +164,10 @@ def pin(name: VersionArgument, admin: AdminOption = DEFAULT_ADMIN, as_json: Json
         _print_versions([version])
 
 
-@app.command()
+@app.command(epilog=example("unpin acme/support/versions/3f9a...c1"))
 def unpin(name: VersionArgument, admin: AdminOption = DEFAULT_ADMIN, as_json: JsonOption = False) -> None:
     """Let a version be evicted again."""
-    with _client(admin) as client:
+    with _client(admin) as client, adapter_suggestions(name, client.list_adapters):
         version = client.unpin(name)
     if as_json:
         print_json(version)
@@ -151,7 +175,7 @@ def unpin(name: VersionArgument, admin: AdminOption = DEFAULT_ADMIN, as_json: Js
         _print_versions([version])
 
 
-@app.command()
+@app.command(epilog=example("residency", "residency --json"))
 def residency(admin: AdminOption = DEFAULT_ADMIN, as_json: JsonOption = False) -> None:
     """Show what is in memory, where, and how much of the budget it takes."""
     with _client(admin) as client:

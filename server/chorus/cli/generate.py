@@ -1,15 +1,29 @@
-"""`chorus generate`: one completion from a running server."""
+"""`chorus generate`: one completion from a running server, or a file of them (`cli.batch`)."""
 
+import json
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from chorus.cli.lazy import new_app
+from chorus.cli.options import (
+    DEFAULT_SERVER,
+    AdapterOption,
+    ServerOption,
+    TimeoutOption,
+    sampling,
+    token_ids,
+    with_sampling_flags,
+)
 from chorus.cli.output import print_json
+from chorus.cli.suggest import adapter_suggestions
 
 if TYPE_CHECKING:
-    from chorus.client import Completion, Stream
+    from chorus.client import Completion, Prompt, Stream
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -17,65 +31,73 @@ EXAMPLES = """[bold]Examples[/bold]
 
   chorus generate --adapter acme/support@canary --prompt "Hello" --temperature 0 --json
 
-  chorus generate --token-ids 1,2,3 --max-tokens 8 --ignore-eos --json"""
+  chorus generate --messages '\\[{"role": "user", "content": "Where is my parcel?"}]' --n 3
+
+  chorus generate --token-ids 1,2,3 --max-tokens 8 --logprobs 2 --json
+
+  chorus generate --input in.jsonl --output out.jsonl --adapter acme/support --max-tokens 32"""
 
 app = new_app()
 
 
 @app.command(epilog=EXAMPLES)
+@with_sampling_flags
 def generate(
     *,
-    server: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where the server listens.")] = "127.0.0.1:50051",
-    adapter: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            help="tenants/T/adapters/A, T/A for short, @ALIAS or /versions/DIGEST after it; the base model if omitted.",
-            show_default=False,
-        ),
-    ] = "",
+    server: ServerOption = DEFAULT_SERVER,
+    adapter: AdapterOption = "",
     prompt: Annotated[str | None, typer.Option(help="The text to go on from.")] = None,
     token_ids: Annotated[str | None, typer.Option(metavar="1,2,3", help="Token ids instead of a text.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="New tokens at most; the server's default is 16.")] = None,
-    min_tokens: Annotated[int | None, typer.Option(help="No end before this many tokens.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy; the server's default is 1.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the smallest set of tokens with this mass.")] = None,
-    min_p: Annotated[float | None, typer.Option(help="Drop tokens under this fraction of the likeliest one's.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same prompt, same version: same tokens.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")] = None,
-    stop_token_ids: Annotated[str | None, typer.Option(metavar="1,2,3", help="End after any of these tokens.")] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")] = False,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Give up after this long.")] = 60,
+    messages: Annotated[
+        str | None, typer.Option(metavar="JSON", help='A dialogue: \\[{"role": "user", "content": "Hi"}].')
+    ] = None,
+    input: Annotated[
+        Path | None,
+        typer.Option(metavar="IN.jsonl", help="Many requests, one JSON object a line; the flags are their defaults."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="OUT.jsonl", help="Where their answers go, as they come; what it holds is not redone."),
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Requests of --input at the same time.")] = 16,
+    timeout: TimeoutOption = 60,
+    priority: Annotated[int | None, typer.Option(help="Smaller runs earlier; 0 if not given.")] = None,
+    request_id: Annotated[str | None, typer.Option(help="Your own id, to be found in the server's log.")] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Print as it comes; with --json, one object per piece before the last.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the completion as one JSON object.")] = False,
+    **flags: Any,
 ) -> None:
-    """Ask a running server for a completion."""
-    if (prompt is None) == (token_ids is None):
-        raise typer.BadParameter("give exactly one of them", param_hint="'--prompt' / '--token-ids'")
-    question = prompt if prompt is not None else _ids(token_ids, "--token-ids")
+    """Ask a running server for a completion, or for a file of them."""
+    asked = {"--prompt": prompt, "--token-ids": token_ids, "--messages": messages, "--input": input}
+    if sum(value is not None for value in asked.values()) != 1:
+        raise typer.BadParameter("give exactly one of them", param_hint=" / ".join(f"'{name}'" for name in asked))
+    wishes = sampling(flags)
+    if input is not None:
+        one_only = {"--stream": stream, "--json": as_json, "--request-id": request_id}
+        _refuse(one_only, "is for one request, not for --input")
+        if output is None:
+            raise typer.BadParameter("goes with --output OUT.jsonl", param_hint="'--input'")
+        from chorus.cli.batch import run
+
+        defaults = {"adapter": adapter or None, "priority": priority} | wishes
+        run(input, output, server=server, concurrency=concurrency, timeout=timeout, defaults=defaults)
+        return
+    _refuse({"--output": output}, "goes with --input")
+    question = _prompt(prompt, token_ids, messages)
+    if not as_json:
+        _refuse({"--logprobs": flags["logprobs"], "--prompt-logprobs": flags["prompt_logprobs"]}, "goes with --json")
+    if stream and not as_json and (flags["n"] or 1) > 1:
+        raise typer.BadParameter("several outputs mix; add --json", param_hint="'--stream'")
 
     # After the usage checks, and only here: grpc takes longer to import than to be refused.
     from chorus.client import Client
 
     with (
         Client(server, timeout=timeout) as client,
-        client.stream(
-            question,
-            adapter=adapter,
-            max_tokens=max_tokens,
-            min_tokens=min_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            stop=stop,
-            stop_token_ids=_ids(stop_token_ids, "--stop-token-ids") or None,
-            ignore_eos=ignore_eos or None,
-        ) as answer,
+        adapter_suggestions(adapter, client.adapters),
+        client.stream(question, adapter=adapter, priority=priority, request_id=request_id or "", **wishes) as answer,
     ):
         if as_json:
             _answer_json(answer, pieces=stream)
@@ -83,11 +105,33 @@ def generate(
             _answer_text(answer, pieces=stream and client.has_tokenizer)
 
 
+def _refuse(flags: Mapping[str, object], why: str) -> None:
+    for flag, value in flags.items():
+        if value is not None and value is not False:
+            raise typer.BadParameter(why, param_hint=f"'{flag}'")
+
+
+def _prompt(prompt: str | None, ids: str | None, messages: str | None) -> "Prompt":
+    if prompt is not None:
+        return prompt
+    if ids is not None:
+        return token_ids(ids, "--token-ids")
+    bad = partial(typer.BadParameter, param_hint="'--messages'")
+    try:
+        found = json.loads(messages or "")
+    except ValueError:
+        raise bad('must be JSON like [{"role": "user", "content": "Hi"}]') from None
+    if not isinstance(found, list) or not found or not all(isinstance(item, dict) for item in found):
+        raise bad('must be a list like [{"role": "user", "content": "Hi"}]')
+    return found
+
+
 def _answer_json(answer: "Stream", *, pieces: bool) -> None:
     for delta in answer:
         if pieces:
-            print_json({"delta": {"token_ids": delta.token_ids, "text": delta.text}})
-    print_json(answer.result)
+            which = {"index": delta.index} if delta.index else {}
+            print_json({"delta": which | {"token_ids": delta.token_ids, "text": delta.text}})
+    print_json(answer.result.to_json())
 
 
 def _answer_text(answer: "Stream", *, pieces: bool) -> None:
@@ -100,21 +144,22 @@ def _answer_text(answer: "Stream", *, pieces: bool) -> None:
             print(flush=True)
     result = answer.result
     if not pieces:
-        print(",".join(map(str, result.token_ids)) if result.text is None else result.text, flush=True)
+        _print_outputs(result)
     print(_summary(result), file=sys.stderr)
+
+
+def _print_outputs(result: "Completion") -> None:
+    for index, output in enumerate(result.outputs):
+        if len(result.outputs) > 1:
+            print(f"--- {index + 1} of {len(result.outputs)}: {output.finish_reason}")
+        print(",".join(map(str, output.token_ids)) if output.text is None else output.text, flush=True)
 
 
 def _summary(result: "Completion") -> str:
     usage, timing = result.usage, result.timing
     return (
-        f"{result.finish_reason}: {usage.prompt_tokens} + {usage.completion_tokens} tokens, "
+        f"{', '.join(output.finish_reason for output in result.outputs)}: "
+        f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, "
         f"first after {timing.first_token:.3f} s, all after {timing.total:.3f} s, "
         f"by {result.version or 'the base model'}"
     )
-
-
-def _ids(text: str | None, flag: str) -> list[int]:
-    try:
-        return [int(item) for item in text.split(",")] if text else []
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a list of numbers like 1,2,3", param_hint=f"'{flag}'") from None

@@ -18,6 +18,8 @@ from typer.core import TyperCommand, TyperGroup
 from chorus.cli.output import complain
 from chorus.errors import ChorusError
 
+# What to do on the command line, where the error itself can not know it; by reason.
+REMEDIES = {"UNREACHABLE": "start one with `chorus serve`, or name its address with --server or --admin"}
 # click's UsageError: part of click or of typer, by typer's version.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 
@@ -96,7 +98,8 @@ class LazyGroup(TyperGroup):
 def describe(error: ChorusError) -> str:
     """Gives an error as `CODE (REASON): message`."""
     retry = f" (try again in {error.retry_after_s:g} s)" if error.retry_after_s is not None else ""
-    return f"{error.code} ({error.reason}): {error.message}{retry}"
+    remedy = f"; {REMEDIES[error.reason]}" if error.reason in REMEDIES else ""
+    return f"{error.code} ({error.reason}): {error.message}{retry}{remedy}"
 
 
 def load(name: str, command: Deferred) -> Any:
@@ -128,10 +131,10 @@ def plugins(group: str, known: Mapping[str, tuple[str, str]]) -> dict[str, Defer
     return found
 
 
-def new_app(**settings: Any) -> typer.Typer:
-    """Makes a typer app with the settings that all our commands share."""
+def new_app(*, completion: bool = False, **settings: Any) -> typer.Typer:
+    """Makes a typer app with the settings that all our commands share; only the root has the completion's options."""
     return typer.Typer(
-        add_completion=False,
+        add_completion=completion,
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,
         **settings,

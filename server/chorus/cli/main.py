@@ -11,6 +11,8 @@ from chorus.cli.lazy import Deferred, LazyGroup, new_app, plugins
 BUILT_IN = {
     "serve": Deferred("chorus.cli.serve:app", "Serve a base model and its tenants' adapters.", extra="server"),
     "generate": Deferred("chorus.cli.generate:app", "Ask a running server for a completion."),
+    "chat": Deferred("chorus.cli.chat:app", "Talk with a running server, adapter by adapter."),
+    "score": Deferred("chorus.cli.score:app", "Tell how likely continuations are."),
     "adapters": Deferred("chorus.cli.adapters:app", "Publish adapters and look after them."),
 }
 # What the trainer registers: help, and the extra that it needs.
@@ -24,7 +26,11 @@ EXAMPLES = """[bold]Examples[/bold]
 
   chorus adapters push ./my-adapter --tenant acme --name support
 
-  chorus generate --adapter acme/support --prompt "Hello" --stream"""
+  chorus generate --adapter acme/support --prompt "Hello" --stream
+
+  chorus chat --adapter acme/support
+
+  chorus --install-completion"""
 
 
 class Commands(LazyGroup):
@@ -33,7 +39,7 @@ class Commands(LazyGroup):
     deferred: ClassVar[Mapping[str, Deferred]] = BUILT_IN | plugins("chorus.commands", PLUGINS) | BUILT_IN
 
 
-app = new_app(cls=Commands, name="chorus", no_args_is_help=True, epilog=EXAMPLES)
+app = new_app(completion=True, cls=Commands, name="chorus", no_args_is_help=True, epilog=EXAMPLES)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,20 +1,20 @@
 """`chorus serve`: flags made from `ServerConfig`, and what is said once the server is ready."""
 
 import inspect
-import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from chorus import logs
 from chorus.cli.lazy import new_app
 from chorus.config import ConfigError, ServerConfig, load_config
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from chorus.engine.memory import MemoryPlan
     from chorus.services.server import Endpoints
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -24,6 +24,9 @@ EXAMPLES = """[bold]Examples[/bold]
   chorus serve --model ./llama --device cuda --dtype bfloat16 --kv-cache-mb 8192
 
   chorus serve --config server.yaml --print-config   [dim]# what would be served with[/dim]"""
+
+# Of one parameter.
+_BYTES = {"float32": 4, "bfloat16": 2}
 
 app = new_app()
 
@@ -62,22 +65,20 @@ def serve(
         print(_as_yaml(settings), end="")
         return
 
+    logs.set_up(settings.log_format, settings.log_level)
     from chorus.services.server import serve as run
 
-    # Logs go where the table goes; other libraries speak only when something is wrong.
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("chorus").setLevel(logging.INFO)
-    if run(settings, on_ready=lambda endpoints: announce(settings, endpoints)) != 0:
+    if run(settings, on_ready=lambda endpoints, memory: announce(settings, endpoints, memory)) != 0:
         # Every command's contract: 0 done, 2 wrong usage, 1 anything else. The log says what.
         raise typer.Exit(1)
 
 
-def announce(config: ServerConfig, endpoints: "Endpoints") -> None:
+def announce(config: ServerConfig, endpoints: "Endpoints", memory: "MemoryPlan") -> None:
     """Says that the server is ready: a table for people on stderr, then one stable line on stdout for scripts."""
     from rich.console import Console
 
-    stderr = Console(stderr=True, markup=False, highlight=False)
-    stderr.print(_summary(config, endpoints))
+    stderr = Console(stderr=True, markup=False, highlight=False, quiet=config.log_format == "json")
+    stderr.print(_summary(config, endpoints, memory))
     prompt = "--token-ids 1,2,3" if config.load_format == "dummy" else '--prompt "Once upon a time"'
     # Who listens on every address is reached at one of them.
     here = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(endpoints.host, endpoints.host)
@@ -87,7 +88,7 @@ def announce(config: ServerConfig, endpoints: "Endpoints") -> None:
     print(f"chorus ready inference={inference} admin={admin} metrics={metrics}", flush=True)
 
 
-def _summary(config: ServerConfig, endpoints: "Endpoints") -> "Table":
+def _summary(config: ServerConfig, endpoints: "Endpoints", memory: "MemoryPlan") -> "Table":
     from rich.table import Table
 
     facts = endpoints.facts
@@ -95,7 +96,9 @@ def _summary(config: ServerConfig, endpoints: "Endpoints") -> "Table":
     rows = {
         "model": f"{facts.name} ({facts.model_type}, {facts.parameter_count / 1e6:,.1f} M parameters)",
         "runs on": f"{config.device}, {facts.dtype}",
-        "memory": f"{config.kv_cache_mb} MiB keys and values, {config.adapter_memory_mb} MiB adapters",
+        "weights": f"about {facts.parameter_count * _BYTES[facts.dtype] / 2**20:,.0f} MiB",
+        "keys, values": f"{config.kv_cache_mb} MiB, {memory.kv_blocks * memory.block_size:,} tokens",
+        "adapters": f"{config.adapter_memory_mb} MiB, {memory.adapter_rows:,} rank rows at every site",
         "limits": f"context {facts.context_length}, rank {config.max_rank}, {config.max_rows} requests running, "
         f"{config.max_queue} waiting, {config.max_step_tokens} tokens a step",
         "state": endpoints.state_dir,

@@ -1,47 +1,47 @@
 """`Client`: one method per call of the two services, each as thin as it can be.
 
-Does not know how answers are read (`stream`, `wire`), which files a push sends (`folder`), or what an error becomes
-(`transport`).
+Does not know what is sent (`requests`, `calls`), how answers are read (`stream`, `wire`), which files a push sends
+(`folder`), or what an error becomes (`transport`). `aio.AsyncClient` is its twin.
 """
 
-import math
-import re
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Any, Self, TypeVar, Unpack
 
 import grpc
 
-from chorus.admin.v1 import adapters_pb2 as admin_pb2
 from chorus.admin.v1.adapters_pb2_grpc import AdaptersStub
-from chorus.client import wire
+from chorus.client import calls, wire
+from chorus.client.answer import Answer
+from chorus.client.calls import Listing, Side, Unary
 from chorus.client.folder import AdapterFolder
-from chorus.client.names import adapter_name, digest_of, expand, is_version, tenant_name
-from chorus.client.results import Adapter, AdapterVersion, Completion, Model, PushedVersion, Residency
-from chorus.client.stream import Sampling, Stream, build_request
-from chorus.client.transport import open_channel, to_chorus_error
-from chorus.errors import ChorusError, InvalidArgument
-from chorus.v1 import inference_pb2
+from chorus.client.names import adapter_name
+from chorus.client.requests import Prompt, Sampling, build_request
+from chorus.client.results import Adapter, AdapterVersion, Completion, Model, PushedVersion, Residency, Scores
+from chorus.client.settings import DEFAULT_TIMEOUT_S, PUSH_TIMEOUT_S, Settings, checked_timeout
+from chorus.client.stream import Stream
+from chorus.client.transport import channel_options
+from chorus.client.upload import Upload
 from chorus.v1.inference_pb2_grpc import InferenceStub
 
-PUSH_TIMEOUT_S = 600.0
-_ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+T = TypeVar("T")
 
 
 class Client:
-    """Calls a Chorus server. Thread-safe; holds one connection per address.
+    """Calls a Chorus server. Thread-safe; holds one connection per address, opened by the first call.
 
     Args:
         server: `HOST:PORT` of chorus.v1.Inference; None for a client that only administers.
         admin: `HOST:PORT` of chorus.admin.v1.Adapters, for the methods under "operators".
-        timeout: seconds that one call may take, streaming included; sent as its deadline. None means no deadline.
+        timeout: seconds that one call may take, streaming and retries included; sent as its deadline. None means no
+            deadline.
         tenant: who calls where no adapter's name says so; sent as metadata `chorus-tenant`.
 
     Adapters and versions may be named in full or as `T/A`, `T/A@alias`, `T/A/versions/DIGEST`. Every method raises a
     `ChorusError` for what the server or the transport reports, and ValueError without the address that it needs.
+    A server that answers UNAVAILABLE is asked again, up to four times within two seconds or so, until the first message
+    has come; operators' changes are sent once.
     """
 
     def __init__(
@@ -49,16 +49,15 @@ class Client:
         server: str | None,
         *,
         admin: str | None = None,
-        timeout: float | None = 60,
+        timeout: float | None = DEFAULT_TIMEOUT_S,
         tenant: str | None = None,
     ) -> None:
-        if tenant is not None and not _ID.fullmatch(tenant):
-            raise InvalidArgument(f"tenant {tenant!r}: must match {_ID.pattern}", field="tenant")
-        self._timeout = _checked_timeout(timeout)
-        self._metadata = (("chorus-tenant", tenant),) if tenant else ()
-        self._server = server
-        self._admin = admin
-        self._channels = {address: open_channel(address) for address in (server, admin) if address}
+        self._settings = Settings(server, admin, timeout, tenant)
+        self._channels = {
+            address: grpc.insecure_channel(address, options=channel_options(address))
+            for address in (server, admin)
+            if address
+        }
 
     def __enter__(self) -> Self:
         return self
@@ -75,64 +74,82 @@ class Client:
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         *,
         adapter: str = "",
         timeout: float | None = None,
+        priority: int | None = None,
+        request_id: str = "",
         **sampling: Unpack[Sampling],
     ) -> Stream:
-        """Starts an answer to a text or to token ids; `adapter` empty means the base model.
+        """Starts an answer to a text, to token ids or to messages; `adapter` empty means the base model.
 
-        `timeout` replaces the client's for this call. Errors of the server come from iterating the stream.
+        `timeout` replaces the client's for this call; a smaller `priority` runs earlier; `request_id` is found in the
+        server's log. Errors of the server come from iterating the stream.
         """
-        seconds = self._timeout if timeout is None else _checked_timeout(timeout)
-        request = build_request(prompt, adapter, sampling)
-        call = self._inference.Generate(request, timeout=seconds, metadata=self._metadata)
+        request = build_request(prompt, adapter, sampling, priority=priority, request_id=request_id)
+        seconds = self._settings.seconds(timeout)
         return Stream(
-            call,
-            to_error=lambda error: to_chorus_error(error, self._server or "", seconds),
-            has_tokenizer=lambda: isinstance(prompt, str) or self.has_tokenizer,
+            self._inference.Generate(request, timeout=seconds, metadata=self._settings.metadata),
+            Answer(request),
+            to_error=self._settings.errors_of(Side.INFERENCE, seconds, request_id),
+            has_tokenizer=lambda: self.has_tokenizer,
         )
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         *,
         adapter: str = "",
         timeout: float | None = None,
+        priority: int | None = None,
+        request_id: str = "",
         **sampling: Unpack[Sampling],
     ) -> Completion:
-        """Waits for the whole answer; see `stream`."""
-        with self.stream(prompt, adapter=adapter, timeout=timeout, **sampling) as answer:
+        """Waits for the whole answer, all `n` outputs of it; see `stream`."""
+        with self.stream(
+            prompt, adapter=adapter, timeout=timeout, priority=priority, request_id=request_id, **sampling
+        ) as answer:
             for _ in answer:
                 pass
             return answer.result
 
-    def model(self) -> Model:
+    def score(
+        self,
+        prompt: str | Sequence[int],
+        continuations: Sequence[str] | Sequence[Sequence[int]],
+        *,
+        adapter: str = "",
+        timeout: float | None = None,
+        request_id: str = "",
+    ) -> Scores:
+        """Tells how likely each continuation of the prompt is; all texts or all token ids."""
+        return self._ask(calls.score(prompt, continuations, adapter, request_id), timeout, request_id)
+
+    def tokenize(self, text: str, *, adapter: str = "", timeout: float | None = None) -> tuple[int, ...]:
+        """Gives the token ids that the model sees for a text."""
+        return self._ask(calls.tokenize(text, adapter), timeout)
+
+    def detokenize(self, token_ids: Sequence[int], *, timeout: float | None = None) -> str:
+        """Gives the text of token ids."""
+        return self._ask(calls.detokenize(token_ids), timeout)
+
+    def model(self, *, timeout: float | None = None) -> Model:
         """Tells the base model's facts."""
-        with self._errors_of(self._server):
-            return wire.model(self._inference.GetModel(inference_pb2.GetModelRequest(), **self._call_options))
+        return self._ask(calls.model(), timeout)
 
     @cached_property
     def has_tokenizer(self) -> bool:
         """Whether texts go in and out; asked once, and only if needed."""
         return self.model().has_tokenizer
 
-    def adapters(self, tenant: str | None = None) -> tuple[Adapter, ...]:
+    def adapters(self, tenant: str | None = None, *, timeout: float | None = None) -> tuple[Adapter, ...]:
         """Lists what `tenant` may call, the client's own tenant if None."""
-        request = inference_pb2.ListAdaptersRequest(parent=tenant_name(tenant) if tenant else "")
-        with self._errors_of(self._server):
-            return tuple(
-                wire.adapter(adapter)
-                for page in _pages(self._inference.ListAdapters, request, self._call_options)
-                for adapter in page.adapters
-            )
+        return tuple(self._list(calls.adapters(tenant), timeout))
 
-    def adapter(self, name: str) -> Adapter:
+    def adapter(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Gets one adapter that this tenant may call."""
-        request = inference_pb2.GetAdapterRequest(name=expand(name))
-        with self._errors_of(self._server):
-            return wire.adapter(self._inference.GetAdapter(request, **self._call_options))
+        return self._ask(calls.adapter(name), timeout)
 
     # Operators
 
@@ -149,142 +166,91 @@ class Client:
         """Uploads a PEFT folder as a new version of `tenants/TENANT/adapters/NAME`, and moves `alias` to it.
 
         Sends only `adapter_config.json`, `adapter_model.safetensors` and `task.json`. `alias` None moves nothing.
-        `on_progress` is told (bytes sent, bytes in all) from another thread.
+        `on_progress` is told (bytes sent, bytes in all) from another thread. `timeout` None means no deadline.
 
         Raises:
             InvalidArgument: a pickle, a symbolic link, or a file missing in the folder; nothing was sent then.
             OSError: the folder can not be read.
         """
-        seconds = _checked_timeout(timeout)
-        failures: list[Exception] = []
-        with AdapterFolder(Path(folder)) as files, self._errors_of(self._admin, seconds, instead=failures):
-            header = admin_pb2.UploadHeader(
-                parent=adapter_name(tenant, name),
-                request_id=uuid.uuid4().hex,
-                alias=alias or "",
-                files=[admin_pb2.UploadFile(name=file.name, size_bytes=file.size_bytes) for file in files.files],
-            )
-            parts = _upload(header, files.chunks(on_progress), failures)
+        seconds = checked_timeout(timeout)
+        with AdapterFolder(Path(folder)) as files:
+            upload = Upload(adapter_name(tenant, name), alias, files, on_progress)
             # A future, and not a blocking call, so that Ctrl-C gets through; leaving it cancels the upload.
-            call = self._operator.CreateAdapterVersion.future(parts, timeout=seconds, metadata=self._metadata)
+            call = self._operator.CreateAdapterVersion.future(
+                upload.messages(), timeout=seconds, metadata=self._settings.metadata
+            )
             try:
                 return wire.pushed(call.result())
+            except grpc.RpcError as error:
+                raise (upload.failure or self._settings.errors_of(Side.ADMIN, seconds)(error)) from None
             finally:
                 call.cancel()
 
-    def list_adapters(self, tenant: str | None = None) -> tuple[Adapter, ...]:
+    def list_adapters(self, tenant: str | None = None, *, timeout: float | None = None) -> tuple[Adapter, ...]:
         """Lists every adapter of a tenant, of all tenants if None."""
-        request = admin_pb2.ListAdaptersRequest(parent=tenant_name(tenant) if tenant else "")
-        with self._errors_of(self._admin):
-            return tuple(
-                wire.adapter(adapter)
-                for page in _pages(self._operator.ListAdapters, request, self._call_options)
-                for adapter in page.adapters
-            )
+        return tuple(self._list(calls.list_adapters(tenant), timeout))
 
-    def versions(self, name: str) -> tuple[AdapterVersion, ...]:
+    def get_adapter(self, name: str, *, timeout: float | None = None) -> Adapter:
+        """Gets one adapter, whoever's it is."""
+        return self._ask(calls.get_adapter(name), timeout)
+
+    def versions(self, name: str, *, timeout: float | None = None) -> tuple[AdapterVersion, ...]:
         """Lists every version of an adapter."""
-        request = admin_pb2.ListVersionsRequest(parent=expand(name))
-        with self._errors_of(self._admin):
-            return tuple(
-                wire.version(version)
-                for page in _pages(self._operator.ListVersions, request, self._call_options)
-                for version in page.versions
-            )
+        return tuple(self._list(calls.versions(name), timeout))
 
-    def set_alias(self, name: str, alias: str, digest: str, *, etag: str = "") -> Adapter:
+    def set_alias(self, name: str, alias: str, digest: str, *, etag: str = "", timeout: float | None = None) -> Adapter:
         """Points an alias at a version, by digest or resource name; an empty `digest` removes the alias.
 
         Raises:
             Aborted: `etag` is given and the adapter has changed since.
         """
-        request = admin_pb2.SetAliasRequest(name=expand(name), alias=alias, digest=digest_of(digest), etag=etag)
-        with self._errors_of(self._admin):
-            return wire.adapter(self._operator.SetAlias(request, **self._call_options))
+        return self._ask(calls.set_alias(name, alias, digest, etag), timeout)
 
-    def delete(self, name: str) -> None:
+    def delete(self, name: str, *, timeout: float | None = None) -> None:
         """Deletes a version, or an adapter with all its versions, whichever `name` is."""
-        name = expand(name)
-        with self._errors_of(self._admin):
-            if is_version(name):
-                self._operator.DeleteVersion(admin_pb2.DeleteVersionRequest(name=name), **self._call_options)
-            else:
-                self._operator.DeleteAdapter(admin_pb2.DeleteAdapterRequest(name=name), **self._call_options)
+        self._ask(calls.delete(name), timeout)
 
-    def pin(self, name: str) -> AdapterVersion:
+    def pin(self, name: str, *, timeout: float | None = None) -> AdapterVersion:
         """Keeps a version on the device; loads it if need be."""
-        request = admin_pb2.PinVersionRequest(name=expand(name))
-        with self._errors_of(self._admin):
-            return wire.version(self._operator.PinVersion(request, **self._call_options))
+        return self._ask(calls.pin(name), timeout)
 
-    def unpin(self, name: str) -> AdapterVersion:
+    def unpin(self, name: str, *, timeout: float | None = None) -> AdapterVersion:
         """Lets a version be evicted again."""
-        request = admin_pb2.UnpinVersionRequest(name=expand(name))
-        with self._errors_of(self._admin):
-            return wire.version(self._operator.UnpinVersion(request, **self._call_options))
+        return self._ask(calls.unpin(name), timeout)
 
-    def prefetch(self, name: str) -> None:
+    def prefetch(self, name: str, *, timeout: float | None = None) -> None:
         """Loads a version before the first call needs it."""
-        request = admin_pb2.PrefetchVersionRequest(name=expand(name))
-        with self._errors_of(self._admin):
-            self._operator.PrefetchVersion(request, **self._call_options)
+        self._ask(calls.prefetch(name), timeout)
 
-    def residency(self) -> Residency:
+    def residency(self, *, timeout: float | None = None) -> Residency:
         """Tells what is in memory, where, and how much of the budget it takes."""
-        with self._errors_of(self._admin):
-            return wire.residency(self._operator.GetResidency(admin_pb2.GetResidencyRequest(), **self._call_options))
+        return self._ask(calls.residency(), timeout)
 
     @cached_property
     def _inference(self) -> InferenceStub:
-        if not self._server:
-            raise ValueError("this client has no server: Client('HOST:PORT')")
-        return InferenceStub(self._channels[self._server])
+        return InferenceStub(self._channels[self._settings.address_of(Side.INFERENCE)])
 
     @cached_property
     def _operator(self) -> AdaptersStub:
-        if not self._admin:
-            raise ValueError("this client has no admin address: Client(..., admin='HOST:PORT')")
-        return AdaptersStub(self._channels[self._admin])
+        return AdaptersStub(self._channels[self._settings.address_of(Side.ADMIN)])
 
-    @property
-    def _call_options(self) -> dict[str, Any]:
-        return {"timeout": self._timeout, "metadata": self._metadata}
+    def _ask(self, call: Unary[T], timeout: float | None, request_id: str = "") -> T:
+        seconds = self._settings.seconds(timeout)
+        return call.read(self._send(call, seconds, request_id))
 
-    @contextmanager
-    def _errors_of(
-        self, address: str | None, timeout: float | None = None, *, instead: Sequence[Exception] = ()
-    ) -> Iterator[None]:
-        """Translates gRPC errors; the first of `instead`, if any, is what really went wrong."""
+    def _list(self, call: Listing[T], timeout: float | None) -> Iterator[T]:
+        """Yields the results of a List call; each page has a deadline of its own."""
+        seconds = self._settings.seconds(timeout)
+        while True:
+            page = self._send(call, seconds)
+            yield from call.read(page)
+            if not page.next_page_token:
+                return
+            call.request.page_token = page.next_page_token
+
+    def _send(self, call: Unary[T] | Listing[T], seconds: float | None, request_id: str = "") -> Any:
+        stub = self._inference if call.side is Side.INFERENCE else self._operator
         try:
-            yield
+            return getattr(stub, call.method)(call.request, timeout=seconds, metadata=self._settings.metadata)
         except grpc.RpcError as error:
-            raise (instead[0] if instead else to_chorus_error(error, address or "", timeout or self._timeout)) from None
-
-
-def _upload(
-    header: admin_pb2.UploadHeader, chunks: Iterator[bytes], failures: list[Exception]
-) -> Iterator[admin_pb2.CreateAdapterVersionRequest]:
-    """Yields the upload's messages. gRPC swallows what a request iterator raises, so it is put into `failures` too."""
-    yield admin_pb2.CreateAdapterVersionRequest(header=header)
-    try:
-        for data in chunks:
-            yield admin_pb2.CreateAdapterVersionRequest(chunk=admin_pb2.UploadChunk(data=data))
-    except (OSError, ChorusError) as error:
-        failures.append(error)
-        raise
-
-
-def _pages(call: Callable[..., Any], request: Any, options: dict[str, Any]) -> Iterator[Any]:
-    """Yields the responses of a List call, page after page."""
-    while True:
-        page = call(request, **options)
-        yield page
-        if not page.next_page_token:
-            return
-        request.page_token = page.next_page_token
-
-
-def _checked_timeout(timeout: float | None) -> float | None:
-    if timeout is not None and not (math.isfinite(timeout) and timeout > 0):
-        raise InvalidArgument(f"timeout must be a positive number of seconds, not {timeout}", field="timeout")
-    return timeout
+            raise self._settings.errors_of(call.side, seconds, request_id)(error) from None

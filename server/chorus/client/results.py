@@ -3,8 +3,9 @@
 Knows nothing of grpc or of the wire; `client.wire` builds these from it.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,27 +28,93 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural log-probability of a token, and of the likeliest ones, by token id, likeliest first."""
+
+    logprob: float
+    top: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
-    """What came since the last one; `finish_reason` is set on the last."""
+    """What came since the last one of output `index`; `finish_reason` is set on that output's last."""
 
     token_ids: tuple[int, ...]
     text: str
     finish_reason: str | None
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
-    """A whole answer.
+class Output:
+    """One of the n outputs. `text` is None where the base has no tokenizer; `logprobs` is empty unless asked for.
 
-    `text` is None where the base has no tokenizer; `finish_reason` is `stop`, `length`, `stop_string` or `aborted`;
-    `version` is the resource name of the adapter version that answered, empty for the base model.
+    `finish_reason` is `stop`, `length`, `stop_string` or `aborted`.
     """
 
     token_ids: tuple[int, ...]
     text: str | None
     finish_reason: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer: `outputs` holds the n that were asked for; the properties speak of the first.
+
+    `version` is the resource name of the adapter version that answered, empty for the base model. `prompt_logprobs`
+    has one entry for each token of the prompt but the first, none unless asked for.
+    """
+
+    outputs: tuple[Output, ...]
     usage: Usage
     timing: Timing
+    version: str
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.outputs[0].token_ids
+
+    @property
+    def text(self) -> str | None:
+        return self.outputs[0].text
+
+    @property
+    def finish_reason(self) -> str:
+        return self.outputs[0].finish_reason
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        return self.outputs[0].logprobs
+
+    def to_json(self) -> dict[str, Any]:
+        """Gives plain values for `json.dumps`: a single output's fields flat, several under `outputs`.
+
+        Log-probabilities are there only where there are any.
+        """
+        outputs = [_without_empty_logprobs(asdict(output)) for output in self.outputs]
+        whole = {name: value for name, value in asdict(self).items() if name != "outputs"}
+        if not self.prompt_logprobs:
+            del whole["prompt_logprobs"]
+        return (outputs[0] if len(outputs) == 1 else {"outputs": outputs}) | whole
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """How likely a continuation is: `logprob` is the sum of `token_logprobs`, one for each of `token_ids`."""
+
+    logprob: float
+    token_logprobs: tuple[float, ...]
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """One score a continuation, in order; `version` as in `Completion`."""
+
+    scores: tuple[Score, ...]
     version: str
 
 
@@ -95,6 +162,7 @@ class AdapterVersion:
     pinned: bool
     task: str
     metrics: dict[str, float]
+    has_chat_template: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,3 +213,7 @@ class Residency:
 
     versions: tuple[ResidentVersion, ...]
     totals: ResidencyTotals
+
+
+def _without_empty_logprobs(output: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in output.items() if name != "logprobs" or value}

@@ -1,5 +1,6 @@
 """From protobuf to results, field by field. The only place in the client that reads response messages."""
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
 from google.protobuf.duration_pb2 import Duration
@@ -14,10 +15,13 @@ from chorus.client.results import (
     Residency,
     ResidencyTotals,
     ResidentVersion,
+    Score,
+    Scores,
     Timing,
+    TokenLogprob,
     Usage,
 )
-from chorus.v1 import adapter_pb2, generate_pb2, model_pb2
+from chorus.v1 import adapter_pb2, generate_pb2, model_pb2, tasks_pb2
 
 
 def finish_reason(value: "generate_pb2.FinishReason.ValueType") -> str | None:
@@ -40,6 +44,18 @@ def timing(pb: generate_pb2.Timing) -> Timing:
         first_token=_seconds(pb.first_token),
         total=_seconds(pb.total),
     )
+
+
+def logprobs(entries: Iterable[generate_pb2.TokenLogprobs]) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        TokenLogprob(entry.logprob, dict(sorted(entry.top.items(), key=lambda item: (-item[1], item[0]))))
+        for entry in entries
+    )
+
+
+def scores(pb: tasks_pb2.ScoreResponse) -> Scores:
+    found = tuple(Score(one.logprob, tuple(one.token_logprobs), tuple(one.token_ids)) for one in pb.scores)
+    return Scores(found, pb.adapter_version)
 
 
 def model(pb: model_pb2.Model) -> Model:
@@ -82,6 +98,7 @@ def version(pb: adapter_pb2.AdapterVersion) -> AdapterVersion:
         pinned=pb.pinned,
         task=pb.task,
         metrics=dict(sorted(pb.metrics.items())),
+        has_chat_template=pb.has_chat_template,
     )
 
 

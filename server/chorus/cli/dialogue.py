@@ -1,0 +1,130 @@
+"""The dialogue behind `chorus chat`: what was said, who answers, and the commands that begin with a slash."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from chorus.cli.lazy import describe
+from chorus.cli.output import complain
+from chorus.cli.suggest import adapter_suggestions
+from chorus.errors import ChorusError, FailedPrecondition
+
+if TYPE_CHECKING:
+    from chorus.client import Client, Message, Sampling, Stream
+
+HELP = """/adapter NAME  let another adapter answer from here on; the base model without NAME
+/system TEXT   set the system message; none without TEXT
+/reset         forget what was said; the system message stays
+/help          this
+/quit          leave, as Ctrl-D does; Ctrl-C stops an answer"""
+NO_TEMPLATE = "NO_CHAT_TEMPLATE"
+
+
+class Dialogue:
+    """Holds the history and sends it with each question: as messages, or as plain lines where there is no template."""
+
+    def __init__(self, client: "Client", sampling: "Sampling", system: str) -> None:
+        self.adapter = ""
+        self._client = client
+        self._sampling = sampling
+        self._system = system
+        self._history: list[Message] = []
+        # Found out by the first question to each adapter.
+        self._plain = False
+
+    def take(self, line: str) -> bool:
+        """Does what a line asks for; False if it could not, which stderr then says in one line."""
+        try:
+            if line.startswith("/"):
+                return self._command(line)
+            return self._ask(line)
+        except ChorusError as error:
+            complain(describe(error))
+            return False
+
+    def switch(self, name: str) -> None:
+        """Lets another adapter answer; ChorusError, and no change, where there is none of that name."""
+        from chorus.client import expand
+
+        if name:
+            with adapter_suggestions(name, self._client.adapters):
+                self._client.adapter(expand(name).partition("@")[0].partition("/versions/")[0])
+        self.adapter = name
+        self._plain = False
+
+    def _command(self, line: str) -> bool:
+        command, _, rest = line.partition(" ")
+        rest = rest.strip()
+        match command:
+            case "/adapter":
+                self.switch(rest)
+                _note(f"{rest or 'the base model'} answers from here on")
+            case "/system":
+                self._system = rest
+                _note("system message set" if rest else "no system message")
+            case "/reset":
+                self._history.clear()
+                _note("forgotten")
+            case "/help":
+                _note(HELP)
+            case _:
+                complain(f"no command {command}; /help tells them, and a space before the slash makes it a question")
+                return False
+        return True
+
+    def _ask(self, question: str) -> bool:
+        self._history.append({"role": "user", "content": question})
+        text: list[str] = []
+        try:
+            try:
+                self._answer(text)
+            except FailedPrecondition as error:
+                if error.reason != NO_TEMPLATE or self._plain:
+                    raise
+                self._plain = True
+                _note("no chat template here: sending plain text, what was said joined line by line")
+                self._answer(text)
+        finally:
+            answer = "".join(text)
+            if answer:
+                self._history.append({"role": "assistant", "content": answer})
+            else:
+                # A question without an answer would confuse the next one.
+                self._history.pop()
+        return True
+
+    def _answer(self, text: list[str]) -> None:
+        """Streams the answer to stdout and into `text`."""
+        system: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
+        said = [*system, *self._history]
+        prompt = "\n".join(message["content"] for message in said) + "\n" if self._plain else said
+        with self._client.stream(prompt, adapter=self.adapter, **self._sampling) as answer, _stopped_by_ctrl_c(answer):
+            try:
+                for delta in answer:
+                    text.append(delta.text)
+                    print(delta.text, end="", flush=True)
+            finally:
+                if text:
+                    print(flush=True)
+
+
+@contextmanager
+def _stopped_by_ctrl_c(answer: "Stream") -> Iterator[None]:
+    """Lets Ctrl-C end the answer only. An exception instead could come up inside gRPC, and be lost there."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        answer.cancel()
+        _note("(stopped)")
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
