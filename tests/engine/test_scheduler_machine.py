@@ -51,10 +51,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         context=st.sampled_from([40, 40, 20, 4]),
         queue=st.integers(6, 16) | st.integers(1, 6),
         slots=st.integers(1, 3),
+        short=st.none() | st.integers(1, 20),
     )
-    def build(self, blocks: int, block_size: int, rows: int, budget: int, context: int, queue: int, slots: int) -> None:
+    def build(
+        self,
+        blocks: int,
+        block_size: int,
+        rows: int,
+        budget: int,
+        context: int,
+        queue: int,
+        slots: int,
+        short: int | None,
+    ) -> None:
         self.pool, self.gate = BlockPool(blocks, block_size), LoadingGate(slots)
-        self.contents = KVContents(block_size)
+        self.contents, self.short = KVContents(block_size, short), short
         self.rows, self.budget, self.queue = min(rows, budget), budget, queue
         self.longest = min(context, self.pool.capacity)
         self.scheduler = Scheduler(
@@ -65,6 +76,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             context_length=context,
             eos_token_ids=frozenset({EOS}),
             max_queue=queue,
+            short_length=short,
         )
         self.now, self.arrivals = 0.0, 0
         self.live: dict[Key, Expected] = {}
@@ -240,9 +252,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         return schedule
 
     def _check_admission(self, chunk: Chunk, ran: set[Sequence]) -> None:
-        """Who joins has its prompt's pages from a sibling, and computes them only if no sibling runs."""
+        """Who joins has its prompt's pages from a sibling, and computes them only if none runs on its side."""
         expected, pages = self.live[chunk.seq.key], (len(chunk.seq.prompt) - 1) // self.pool.block_size
-        siblings = [e for key, e in self.live.items() if key[0] == chunk.seq.request_id and e.seq in ran]
+        siblings = [
+            e
+            for key, e in self.live.items()
+            if key[0] == chunk.seq.request_id and e.seq in ran and self._is_long(e) == self._is_long(expected)
+        ]
         reads = chunk.seq.sampling.prompt_logprobs is not None and not expected.output
         if pages and siblings and not reads:
             assert chunk.start == pages * self.pool.block_size
@@ -300,6 +316,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert finish == self._finish(expected)
             if finish:
                 del self.live[seq.key]
+            elif expected.total - 1 == self.short:
+                expected.computed = 0
+                assert not seq.blocks
+
+    def _is_long(self, expected: Expected) -> bool:
+        return self.short is not None and expected.total > self.short
 
     def _finish(self, expected: Expected) -> FinishReason | None:
         sampling, output = expected.seq.sampling, expected.output

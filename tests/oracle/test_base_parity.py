@@ -44,6 +44,11 @@ def run_packed(base: Base, tokens: dict[str, list[int]]) -> dict[str, torch.Tens
             ids += tokens[name][start:end]
             positions += range(start, end)
         plan = AttentionPlan(rows, BLOCK, torch.device("cpu"))
+        if base.longrope:
+            is_long = [
+                len(tokens[name]) > base.longrope.boundary for name, start, end in step for _ in range(start, end)
+            ]
+            base.longrope.is_long = torch.tensor(is_long)
         out = base.module(
             input_ids=torch.tensor([ids]),
             position_ids=torch.tensor([positions]),

@@ -5,29 +5,34 @@ from chorus.engine.sequence import Sequence
 
 
 class KVContents:
-    """Filled by chunks as the model would fill it; says whether a chunk finds what it attends to."""
+    """Filled by chunks as the model would fill it; says whether a chunk finds what it attends to.
 
-    def __init__(self, block_size: int) -> None:
+    A sequence of more than `short_length` tokens is computed otherwise from its first token on.
+    """
+
+    def __init__(self, block_size: int, short_length: int | None = None) -> None:
         self._block_size = block_size
+        self._short_length = short_length
         self._prefixes: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def write(self, chunk: Chunk, *, spoiled: bool = False) -> None:
         """The chunk runs; if it is `spoiled`, the step fails after the cache was written."""
-        tokens = _tokens(chunk.seq)
+        tokens = self._tokens(chunk.seq)
         for position in range(chunk.start, chunk.start + chunk.count):
-            self._prefixes[self._place(chunk.seq, position)] = () if spoiled else tokens[: position + 1]
+            self._prefixes[self._place(chunk.seq, position)] = () if spoiled else tokens[: position + 2]
 
     def check(self, chunk: Chunk) -> None:
         """AssertionError unless every position before the chunk holds the sequence's own tokens."""
-        tokens = _tokens(chunk.seq)
+        tokens = self._tokens(chunk.seq)
         for position in range(chunk.start):
             held = self._prefixes.get(self._place(chunk.seq, position))
-            assert held == tokens[: position + 1], f"sequence {chunk.seq.key} reads {held} at {position}"
+            assert held == tokens[: position + 2], f"sequence {chunk.seq.key} reads {held} at {position}"
 
     def _place(self, seq: Sequence, position: int) -> tuple[int, int]:
         page, offset = divmod(position, self._block_size)
         return seq.blocks[page], offset
 
-
-def _tokens(seq: Sequence) -> tuple[int, ...]:
-    return (*seq.prompt, *seq.output)
+    def _tokens(self, seq: Sequence) -> tuple[int, ...]:
+        """Its tokens, behind one that says how it is computed."""
+        is_long = self._short_length is not None and seq.length > self._short_length
+        return (-1 - is_long, *seq.prompt, *seq.output)

@@ -56,6 +56,16 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "gemma3": Gemma3TextConfig(**_GEMMA, sliding_window=12, layer_types=["sliding_attention", "full_attention"] * 2),
     "phi": PhiConfig(**_SHAPE),
     "phi3-windowed": Phi3Config(**_SHAPE, sliding_window=12),
+    "phi3-longrope": Phi3Config(
+        **_SHAPE,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+            "long_factor": [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0],
+        },
+        original_max_position_embeddings=24,
+    ),
     "opt": OPTConfig(
         vocab_size=VOCAB,
         hidden_size=64,

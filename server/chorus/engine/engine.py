@@ -64,6 +64,7 @@ class Engine:
             context_length=memory.context_length,
             eos_token_ids=base.facts.eos_token_ids,
             max_queue=max_queue,
+            short_length=base.longrope.boundary if base.longrope else None,
         )
         self._runner = Runner(base, pool, kv_blocks=memory.kv_blocks, block_size=memory.block_size)
         self._counted = (0, 0)  # evictions and hits that earlier steps have reported

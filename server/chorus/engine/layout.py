@@ -35,11 +35,13 @@ class Layout(NamedTuple):
     """One packed batch of T rows. Of L of them, `logit_rows`, the logits are computed: S are sampled, others scored.
 
     `sampled` lists the chunks that sample, in row order; the logits of `sampled[i]` are row `sampled_at[i]` of L.
+    `lengths` says for each entry of `rows` how many tokens its sequence has, those still to compute among them.
     """
 
     token_ids: list[int]
     positions: list[int]
     rows: list[AttentionRow]
+    lengths: list[int]
     segments: tuple[SlotSegment, ...]
     logit_rows: list[int]
     logit_segments: tuple[SlotSegment, ...]
@@ -74,6 +76,7 @@ def lay_out(chunks: Sequence[Chunk]) -> Layout:
         token_ids=token_ids,
         positions=positions,
         rows=rows,
+        lengths=[chunk.seq.length for chunk in chunks],
         segments=_segments((chunk.seq.slot, chunk.count) for chunk in chunks),
         logit_rows=logit_rows,
         logit_segments=_segments(logit_counts),

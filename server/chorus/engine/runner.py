@@ -28,6 +28,7 @@ class Runner:
         """Logits [L, V] of the layout's `logit_rows`; the keys and values of all its rows are in the cache then."""
         device = self._base.device
         self._set_plans(layout)
+        self._set_frequencies(layout)
         step = StepAttention(AttentionPlan(layout.rows, self._block_size, device), self._k_cache, self._v_cache)
         output = self._base.module(
             input_ids=torch.tensor([layout.token_ids], device=device),
@@ -45,3 +46,14 @@ class Runner:
         head_plans = self._pool.plans(layout.logit_segments)
         for name, layer in self._base.adapted.items():
             layer.plan = (head_plans if layer.site.is_lm_head else plans).get(name)
+
+    def _set_frequencies(self, layout: Layout) -> None:
+        """Tells a rotary embedding with two sets of frequencies which rows take the long one."""
+        if (rope := self._base.longrope) is None:
+            return
+        is_long = [
+            length > rope.boundary
+            for row, length in zip(layout.rows, layout.lengths, strict=True)
+            for _ in range(row.start, row.end)
+        ]
+        rope.is_long = torch.tensor(is_long, device=self._base.device)

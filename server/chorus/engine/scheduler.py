@@ -12,6 +12,9 @@ until it has, and then start behind them. Preempted, a sequence shares again if 
 No sibling runs before output 0 has its first token, unless that is aborted: so it computes every token of the prompt,
 and can tell of all.
 
+Some bases rotate positions otherwise once a sequence is longer than `short_length` tokens. A sequence that grows past
+it goes back to the queue and is computed anew; pages are shared only among siblings on the same side of it.
+
 Why everyone finishes. No sequence may outgrow the pool. Of the running ones the most important decode always gets its
 block, or there is none and a prefill, which needs no block, goes on; so each step computes something. The queue is in
 order, and whoever lacks only blocks or a row is never overtaken. Whoever lacks its adapter is overtaken; that the
@@ -65,6 +68,7 @@ class Scheduler:
         context_length: int,
         eos_token_ids: frozenset[int],
         max_queue: int,
+        short_length: int | None = None,
     ) -> None:
         if min(max_rows, max_step_tokens) < 1:
             raise ValueError(f"a step needs rows and tokens: max_rows={max_rows}, max_step_tokens={max_step_tokens}")
@@ -75,6 +79,8 @@ class Scheduler:
         self._context_length = context_length
         self._eos_token_ids = eos_token_ids
         self._max_queue = max_queue
+        self._short_length = short_length
+        self._now = 0.0
         self._requests = Requests()
         self._running: dict[Key, Sequence] = {}  # in the order of admission
         self._waiting = WaitingQueue()
@@ -125,6 +131,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> Schedule:
         """Lays out the next step: decodes, then prefills under way, then whom the queue can send."""
+        self._now = now
         expired = self.discard(self._requests.expired(now))
         plan = Plan(self._max_step_tokens)
         # Most important first, most recently admitted last.
@@ -158,6 +165,8 @@ class Scheduler:
                 finish = FinishReason.LENGTH
             if finish:
                 self._remove(seq)
+            elif seq.length - 1 == self._short_length:
+                self._preempt(seq, self._now)
             sampled.append(Sampled(seq, finish))
         return sampled
 
@@ -250,7 +259,11 @@ class Scheduler:
         """A sibling that runs, if there are pages to share. Of those that run either all have them, or one computes."""
         if not self._pool.prompt_pages(seq):
             return None
-        return next((s for s in self._requests.outputs(seq.request_id) if s.key in self._running), None)
+        siblings = (s for s in self._requests.outputs(seq.request_id) if s.key in self._running)
+        return next((s for s in siblings if self._is_long(s) == self._is_long(seq)), None)
+
+    def _is_long(self, seq: Sequence) -> bool:
+        return self._short_length is not None and seq.length > self._short_length
 
     def _computes(self, donor: Sequence | None) -> bool:
         """Whether a donor still computes the pages that it can share."""

@@ -26,6 +26,7 @@ from chorus.models.embedding import AdaptedEmbedding, embedding_site
 from chorus.models.facts import BaseFacts
 from chorus.models.families import Family, family_of
 from chorus.models.linear import AdaptedLinears, wrap
+from chorus.models.longrope import RowwiseLongRope, replace_longrope
 from chorus.models.sites import Site
 
 Adapted = AdaptedLinears | AdaptedEmbedding
@@ -46,6 +47,7 @@ class Base:
     layers: int
     kv_heads: int
     head_dim: int
+    longrope: RowwiseLongRope | None = None
 
     @property
     def sites(self) -> dict[str, Site]:
@@ -96,6 +98,7 @@ def load_base(
         name = source or "embedded"
         tokenizer = _tokenizer(folder)
         adapted = _adapt(module, family)
+        longrope = replace_longrope(module, config)
         facts = BaseFacts(
             name=name,
             digest=digest.result(),
@@ -118,6 +121,7 @@ def load_base(
         layers=int(config.num_hidden_layers),
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        longrope=longrope,
     )
 
 

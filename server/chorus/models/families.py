@@ -69,8 +69,8 @@ FAMILIES = {
     )
 }
 
-# Scaled at load, the same for every row of a pack. Dynamic NTK and longrope depend on the longest row.
-_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+# Scaled at load, the same for every row of a pack; longrope is chosen by row. Dynamic NTK depends on the longest row.
+_ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn", "longrope"})
 
 
 def family_of(config: Any) -> Family:
