@@ -1,6 +1,6 @@
 """What gRPC leaves of the engine's tokens/s: the same work stepped in a process of its own and through a live server.
 
-    python benchmarks/front_end.py [--json] [--rounds 5] [--streams 32]
+    python benchmarks/front_end.py [--json] [--rounds 5] [--streams 32] [--threads 1]
 
 The embedded base, greedy, 16 tokens in, 128 out, all streams at once. The engine alone, and `chorus serve` with a
 client in a third process, take turns. Then 200 single requests to the idle server: from arrival to first engine step.
@@ -33,14 +33,17 @@ def prompt(i: int) -> list[int]:
     return [(17 * i + 7 * j) % 400 + 20 for j in range(TOKENS_IN)]
 
 
-def engine_alone(streams: int) -> Callable[[], float]:
+def engine_alone(streams: int, threads: int) -> Callable[[], float]:
     """A function that generates with the engine alone and returns its tokens/s."""
+    import torch
+
     from chorus.config import ServerConfig
     from chorus.engine import messages as m
     from chorus.engine.engine import Engine
     from chorus.engine.memory import plan_memory
     from chorus.models.base import load_base
 
+    torch.set_num_threads(threads)
     config = ServerConfig()
     base = load_base(None, device=config.device, dtype=config.dtype)
     engine = Engine(
@@ -109,8 +112,8 @@ def client_of(target: str, streams: int) -> tuple[Callable[[], dict[str, float]]
     return lambda: call(all_at_once), lambda: call(one_by_one)
 
 
-def serve_engine(streams: int, pipe: Connection) -> None:
-    run = engine_alone(streams)
+def serve_engine(streams: int, threads: int, pipe: Connection) -> None:
+    run = engine_alone(streams, threads)
     while pipe.recv():
         pipe.send(run())
 
@@ -133,11 +136,11 @@ def ask(pipe: Connection, what: str) -> Any:
     return pipe.recv()
 
 
-def start_server(folder: str) -> tuple[subprocess.Popen[str], str]:
+def start_server(folder: str, threads: int) -> tuple[subprocess.Popen[str], str]:
     """A live server on free ports, and where its inference port listens."""
     ports = ["--port", "0", "--admin-port", "0", "--metrics-port", "0"]
     entry = [sys.executable, "-c", "from chorus.cli.main import main; main()"]
-    command = [*entry, "serve", "--state-dir", folder, *ports]
+    command = [*entry, "serve", "--state-dir", folder, "--threads", str(threads), *ports]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert server.stdout is not None
     for line in server.stdout:
@@ -146,11 +149,11 @@ def start_server(folder: str) -> tuple[subprocess.Popen[str], str]:
     sys.exit("the server did not start")
 
 
-def measure(rounds: int, streams: int) -> dict[str, Any]:
+def measure(rounds: int, streams: int, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        server, target = start_server(folder)
+        server, target = start_server(folder, threads)
         try:
-            engine, client = start(serve_engine, streams), start(serve_client, target, streams)
+            engine, client = start(serve_engine, streams, threads), start(serve_client, target, streams)
             pairs = [(ask(engine, "all"), ask(client, "all")) for _ in range(rounds + 1)][1:]
             queued = sorted(ask(client, "idle"))
             for pipe in (engine, client):
@@ -161,6 +164,7 @@ def measure(rounds: int, streams: int) -> dict[str, Any]:
     ratios = sorted(through["tok_s"] / alone for alone, through in pairs)
     return {
         "streams": streams,
+        "threads": threads,
         "engine_tok_s": statistics.median(alone for alone, _ in pairs),
         "client_tok_s": statistics.median(through["tok_s"] for _, through in pairs),
         "client_over_engine": statistics.median(ratios),
@@ -176,9 +180,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1, help="of a step, in both engines")
     arguments = parser.parse_args()
     wait_until_quiet()
-    row = measure(arguments.rounds, arguments.streams)
+    row = measure(arguments.rounds, arguments.streams, arguments.threads)
     for name, value in row.items():
         print(f"{name:26} {value if isinstance(value, tuple) else round(value, 3)}", file=sys.stderr)
     record("front_end", row)

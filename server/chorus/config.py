@@ -45,6 +45,9 @@ class ServerConfig(BaseModel):
     adapter_memory_mb: int = Field(default=256, ge=1, description="Memory for adapters on the device, MiB.")
     max_rank: int = Field(default=128, ge=1, le=1024, description="The largest adapter rank accepted.")
     max_rows: int = Field(default=64, ge=1, le=4096, description="Requests that run at the same time, at most.")
+    threads: int | None = Field(
+        default=None, ge=1, le=256, description="CPU threads of a step; torch's own choice if unset."
+    )
     max_step_tokens: int = Field(
         default=512, ge=16, le=65536, description="Tokens of one step, at most; longer prompts split."
     )

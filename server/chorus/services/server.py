@@ -56,6 +56,8 @@ def _end_at_once(signum: int, frame: FrameType | None) -> None:
 
 
 def _load(config: ServerConfig) -> tuple["ServedBase", "MakeEngine", "MemoryPlan"]:
+    import torch
+
     from chorus.engine.engine import Engine
     from chorus.engine.memory import plan_memory
     from chorus.engine.thread import EngineThread
@@ -63,6 +65,8 @@ def _load(config: ServerConfig) -> tuple["ServedBase", "MakeEngine", "MemoryPlan
     from chorus.models.digest_cache import DigestCache
     from chorus.services.assembly import ServedBase
 
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     base = load_base(
         config.model,
         device=config.device,
