@@ -58,6 +58,7 @@ def test_every_field_is_a_flag(server: Callable[[Serve], None], run: Run) -> Non
         "adapter_memory_mb": 5,
         "max_rank": 6,
         "max_rows": 7,
+        "threads": 8,
         "max_step_tokens": 18,
         "max_queue": 9,
         "max_message_mb": 10,
