@@ -2,8 +2,9 @@
 
     python benchmarks/front_end.py [--json] [--rounds 5] [--streams 32] [--threads 1]
 
-The embedded base, greedy, 16 tokens in, 128 out, all streams at once. The engine alone, and `chorus serve` with a
-client in a third process, take turns. Then 200 single requests to the idle server: from arrival to first engine step.
+The embedded base, greedy, 16 tokens in, 64 to 192 out; each stream sends four requests, one after the other. The
+engine alone, and `chorus serve` with a client in a third process, take turns. Then 200 single requests to the idle
+server: from arrival to first engine step.
 Prints a table, and with --json one JSON line last; a row goes to results/front_end.jsonl.
 """
 
@@ -25,12 +26,21 @@ import grpc
 
 from common import record, wait_until_quiet
 
-TOKENS_IN, TOKENS_OUT, IDLE_REQUESTS = 16, 128, 200
+TOKENS_IN, REQUESTS_EACH, IDLE_REQUESTS = 16, 4, 200
 READY = re.compile(r"^chorus ready inference=(\S+) ")
 
 
 def prompt(i: int) -> list[int]:
     return [(17 * i + 7 * j) % 400 + 20 for j in range(TOKENS_IN)]
+
+
+def tokens_out(stream: int, turn: int) -> int:
+    """64 to 192, so that streams do not stay in step."""
+    return 64 + (37 * stream + 61 * turn) % 129
+
+
+def all_tokens(streams: int) -> int:
+    return sum(tokens_out(i, turn) for i in range(streams) for turn in range(REQUESTS_EACH))
 
 
 def engine_alone(streams: int, threads: int) -> Callable[[], float]:
@@ -54,18 +64,21 @@ def engine_alone(streams: int, threads: int) -> Callable[[], float]:
         max_step_tokens=config.max_step_tokens,
         max_queue=config.max_queue,
     )
-    sampling = m.Sampling(TOKENS_OUT, temperature=0.0, ignore_eos=True)
+
+    def submit(stream: int, turn: int) -> m.Submit:
+        sampling = m.Sampling(tokens_out(stream, turn), temperature=0.0, ignore_eos=True)
+        return m.Submit(stream * REQUESTS_EACH + turn, tuple(prompt(stream)), sampling)
 
     def run() -> float:
-        submits = [m.Submit(i, tuple(prompt(i)), sampling) for i in range(streams)]
-        tokens = 0
+        commands = [submit(i, 0) for i in range(streams)]
+        tokens, total = 0, all_tokens(streams)
         began = time.perf_counter()
-        events = engine.step(submits).events
-        while True:
-            tokens += sum(len(e.token_ids) for e in events if isinstance(e, m.Tokens))
-            if tokens == streams * TOKENS_OUT:
-                return tokens / (time.perf_counter() - began)
-            events = engine.step([]).events
+        while tokens < total:
+            events = [event for event in engine.step(commands).events if isinstance(event, m.Tokens)]
+            tokens += sum(len(event.token_ids) for event in events)
+            ended = [divmod(event.request_id, REQUESTS_EACH) for event in events if event.finish]
+            commands = [submit(i, turn + 1) for i, turn in ended if turn + 1 < REQUESTS_EACH]
+        return tokens / (time.perf_counter() - began)
 
     return run
 
@@ -85,8 +98,9 @@ def client_of(target: str, streams: int) -> tuple[Callable[[], dict[str, float]]
 
     async def one(i: int) -> tuple[int, int]:
         tokens = messages = 0
-        async for response in stub.Generate(request(i, TOKENS_OUT)):
-            tokens, messages = tokens + len(response.token_ids), messages + 1
+        for turn in range(REQUESTS_EACH):
+            async for response in stub.Generate(request(i, tokens_out(i, turn))):
+                tokens, messages = tokens + len(response.token_ids), messages + 1
         return tokens, messages
 
     async def all_at_once() -> dict[str, float]:
@@ -94,7 +108,7 @@ def client_of(target: str, streams: int) -> tuple[Callable[[], dict[str, float]]
         got = await asyncio.gather(*(one(i) for i in range(streams)))
         seconds = time.perf_counter() - began
         tokens = sum(tokens for tokens, _ in got)
-        assert tokens == streams * TOKENS_OUT
+        assert tokens == all_tokens(streams)
         return {"tok_s": tokens / seconds, "tokens_per_message": tokens / sum(messages for _, messages in got)}
 
     async def one_by_one() -> list[float]:

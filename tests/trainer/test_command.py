@@ -1,12 +1,10 @@
-"""`chorus train` from outside: output, exit codes, Ctrl-C."""
+"""`chorus train` from outside: output, exit codes, what it publishes. Signals: `test_resume`."""
 
 import json
-import os
 import shlex
-import signal
+import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from typer.testing import CliRunner, Result
 from chorus.cli.main import app
 from chorus.trainer.config import TrainConfig
 from chorus.trainer.loop import train
+from support.server import ServerProcess
 
 
 @pytest.fixture
@@ -57,6 +56,10 @@ def test_the_summary_says_what_to_do_next(config_file: Path, tmp_path: Path) -> 
         (["--set", "data.train=nowhere.jsonl"], 1, "nowhere.jsonl: No such file"),
         (["--set", "base=/nowhere"], 1, "no folder /nowhere"),
         (["--frobnicate"], 2, "--frobnicate"),
+        (["--resume"], 1, "leave --resume out to begin anew"),
+        (["--publish", "127.0.0.1:50052", "acme"], 2, "'acme' must look like acme/support"),
+        (["--publish", "localhost", "acme/support"], 2, "'localhost' must look like 127.0.0.1:50052"),
+        (["--alias", "canary"], 2, "--alias goes with --publish"),
     ],
 )
 def test_errors_are_one_line_on_stderr(
@@ -75,20 +78,6 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_ctrl_c_exits_130_and_leaves_nothing(config_file: Path, tmp_path: Path) -> None:
-    process = start(config_file, "--output", tmp_path / "out", "--set", "train.steps=1000000")
-    deadline = time.monotonic() + 120
-    while not any(path.stat().st_size > 2000 for path in tmp_path.glob(".out.partial-*/train_log.jsonl")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert (stdout, stderr.count("\n")) == ("", 1)
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
-
-
 def test_another_process_writes_the_same_bytes(config: TrainConfig, config_file: Path, tmp_path: Path) -> None:
     process = start(config_file, "--output", tmp_path / "there", "--json")
     train(config, tmp_path / "here")
@@ -96,3 +85,38 @@ def test_another_process_writes_the_same_bytes(config: TrainConfig, config_file:
     assert process.returncode == 0, stderr
     for name in ("adapter_config.json", "adapter_model.safetensors", "task.json"):
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
+
+
+def test_the_adapter_is_published_and_answers(config_file: Path, base_folder: Path, tmp_path: Path) -> None:
+    with ServerProcess(tmp_path / "state", "--model", str(base_folder), "--dtype", "float32") as server:
+        options = ["--publish", server.admin, "acme/support", "--alias", "canary", "--json"]
+        result = chorus(config_file, "--output", tmp_path / "out", *options)
+        assert result.exit_code == 0, result.output
+        version = json.loads(result.stdout)["published"]
+        with server.client() as client:
+            assert [v.name for v in client.versions("acme/support")] == [version]
+            found = client.generate("Message 1:", adapter="acme/support@canary", max_tokens=4, temperature=0.0)
+            assert found.usage.completion_tokens >= 1
+
+
+def test_a_push_that_fails_keeps_the_export_and_says_how_to_try_again(
+    config_file: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    """The command that is printed does work, once there is a server."""
+    output = tmp_path / "my adapter"
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        nobody = f"127.0.0.1:{closed.getsockname()[1]}"
+        result = chorus(config_file, "--output", output, "--publish", nobody, "acme/support", "--alias", "canary")
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert "not published: UNAVAILABLE" in result.stderr
+    assert (output / "task.json").is_file()
+    words = shlex.split(result.stderr[result.stderr.index("chorus adapters push") :])
+    assert words[words.index("--admin") + 1] == nobody
+    with ServerProcess(tmp_path / "state", "--model", str(base_folder), "--dtype", "float32") as server:
+        words[words.index("--admin") + 1] = server.admin
+        again = CliRunner().invoke(app, words[1:])
+        assert again.exit_code == 0, again.output
+        with server.client() as client:
+            assert set(client.get_adapter("acme/support").aliases) == {"canary"}

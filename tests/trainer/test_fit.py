@@ -17,8 +17,8 @@ from chorus.errors import FailedPrecondition
 from chorus.trainer.batches import collate
 from chorus.trainer.config import TrainConfig
 from chorus.trainer.data import Encoded, read_examples
-from chorus.trainer.fit import completion_loss
 from chorus.trainer.loop import train
+from chorus.trainer.metrics import completion_loss
 from chorus.trainer.records import EvalRecord, Record, StepRecord
 
 Change = Callable[..., TrainConfig]
@@ -104,6 +104,29 @@ def test_logged_validation_losses_equal_an_independent_computation(
     assert abs(before - after) > 0.1
 
 
+def test_accumulated_batches_make_the_step_of_one_big_batch(changed: Change, tmp_path: Path) -> None:
+    """16 examples a step each time. Batches are sorted by length, so their counts of targets differ: weighing batches
+    alike, and not tokens, gives another loss; AdamW's first step shows the sign of each gradient only, hence two."""
+    whole = changed(train={"steps": 2, "batch_size": 16, "warmup_steps": 0})
+    parts = changed(train={"steps": 2, "batch_size": 4, "gradient_accumulation": 4, "warmup_steps": 0})
+    train(whole, tmp_path / "whole")
+    train(parts, tmp_path / "parts")
+    for big, small in zip(log_of(tmp_path / "whole", "step"), log_of(tmp_path / "parts", "step"), strict=True):
+        assert small["loss"] == pytest.approx(big["loss"], rel=1e-5)
+        assert small["grad_norm"] == pytest.approx(big["grad_norm"], rel=1e-4)
+        assert small["tokens"] == big["tokens"]
+    want = weights_of(tmp_path / "whole")
+    for name, tensor in weights_of(tmp_path / "parts").items():
+        torch.testing.assert_close(tensor, want[name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_gradients_norm_is_logged_before_clipping(changed: Change, tmp_path: Path) -> None:
+    train(changed(train={"steps": 1, "max_grad_norm": 1e-3}), tmp_path / "clipped")
+    train(changed(train={"steps": 1, "max_grad_norm": 1e3}), tmp_path / "free")
+    norms = [log_of(tmp_path / name, "step")[0]["grad_norm"] for name in ("clipped", "free")]
+    assert norms[0] == norms[1] > 1e-2
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_the_rate_warms_up_and_decays(changed: Change, tmp_path: Path, schedule: str) -> None:
     config = changed(train={"steps": 12, "warmup_steps": 4, "learning_rate": 0.01, "schedule": schedule})
@@ -134,6 +157,12 @@ def test_gradients_are_clipped(changed: Change, tmp_path: Path) -> None:
     }
     assert moved["clipped"] < 1e-5
     assert moved["free"] > 1e-2
+
+
+def test_epochs_count_examples_whatever_a_step_takes(changed: Change, tmp_path: Path) -> None:
+    """Two passes over 16 examples, 4 batches each, 3 of them to a step: 8 / 3, rounded up."""
+    config = changed(train={"steps": None, "epochs": 2, "batch_size": 4, "gradient_accumulation": 3})
+    assert train(config, tmp_path / "out").steps == 3
 
 
 def test_weight_decay_shrinks_weights(changed: Change, tmp_path: Path) -> None:

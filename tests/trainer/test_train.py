@@ -25,11 +25,11 @@ Spoil = Callable[[Path], object]
 
 CPU = torch.device("cpu")
 IDS = torch.arange(2, 42).reshape(2, 20)
-SERVED = ("adapter_config.json", "adapter_model.safetensors", "task.json")
+REPEATED = ("adapter_config.json", "adapter_model.safetensors", "task.json", "README.md")
 
 
 def bytes_of(output: Path) -> dict[str, bytes]:
-    return {name: (output / name).read_bytes() for name in SERVED}
+    return {name: (output / name).read_bytes() for name in REPEATED}
 
 
 def folders_in(path: Path) -> list[str]:
@@ -67,14 +67,18 @@ def test_the_server_reads_the_export(changed: Change, base_folder: Path, tmp_pat
         "train_loss": result.train_loss,
         "validation_loss_before": result.validation_loss_before,
         "validation_loss": result.validation_loss,
+        "validation_token_accuracy_before": result.validation_token_accuracy_before,
+        "validation_token_accuracy": result.validation_token_accuracy,
+        "validation_exact_match_before": result.validation_exact_match_before,
+        "validation_exact_match": result.validation_exact_match,
     }
     assert sum(tensor.numel() for tensor in found.tensors.values()) == result.trainable_parameters
     assert {tensor.dtype for tensor in found.tensors.values()} == {torch.float32}
 
 
-def test_the_export_is_four_files_and_tells_no_path(config: TrainConfig, base_folder: Path, tmp_path: Path) -> None:
+def test_the_export_is_five_files_and_tells_no_path(config: TrainConfig, base_folder: Path, tmp_path: Path) -> None:
     train(config, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*SERVED, "train_log.jsonl"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*REPEATED, "train_log.jsonl"])
     assert not any(str(base_folder.parent).encode() in content for content in bytes_of(tmp_path / "out").values())
     adapter = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == base_folder.name

@@ -4,6 +4,7 @@ Knows the terminal. torch and transformers are imported when a run begins, so th
 """
 
 import shlex
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -14,9 +15,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from chorus.cli.lazy import describe
 from chorus.cli.output import complain, print_json, print_table
-from chorus.errors import InvalidArgument
+from chorus.errors import ChorusError, InvalidArgument
 from chorus.trainer.config import TrainConfig, load_config
+from chorus.trainer.interrupts import Interrupted, Terminated, stop_on_signals
+from chorus.trainer.publish import DEFAULT_ALIAS, Destination
+from chorus.trainer.publish import publish as push
 
 if TYPE_CHECKING:
     from chorus.trainer.loop import TrainResult
@@ -32,37 +37,91 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Overrides one key of the file; repeatable."),
     ] = None,
+    *,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint that an interrupted run left.")
+    ] = False,
+    publish: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            metavar="HOST:PORT TENANT/ADAPTER", help="Push the adapter to this server's admin port at the end."
+        ),
+    ] = None,
+    alias: Annotated[
+        str | None, typer.Option(help="The alias that --publish moves; live if not given.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON line.")] = False,
 ) -> None:
     """Train a LoRA adapter on JSONL of {"prompt", "completion"}.
 
     Example: chorus train acme.yaml --output adapters/acme --set train.steps=200
 
+    Example: chorus train acme.yaml -o adapters/acme --publish 127.0.0.1:50052 acme/support
+
     Only completions are learned. Same seed, data and machine: same adapter, bit for bit.
 
-    The folder holds what PEFT writes, task.json for the server and train_log.jsonl.
+    The folder holds what PEFT writes, task.json for the server, a model card and train_log.jsonl.
     It appears complete or not at all.
+
+    Ctrl-C leaves OUTPUT.checkpoint; --resume goes on from it to the same bits.
     """
     try:
         settings = load_config(config, overrides or ())
+        destination = _destination(publish, alias)
     except InvalidArgument as error:
         complain(error.message)
         raise typer.Exit(2) from None
-    result = _run(settings, output)
+    result = _run(settings, output, resume=resume)
     for warning in result.data.warnings():
         complain(f"warning: {warning}")
+    published = _publish(result.output, destination) if destination else None
     if as_json:
-        print_json(asdict(result) | {"output": str(result.output)})
+        print_json(asdict(result) | {"output": str(result.output), "published": published})
     else:
         _print_summary(result)
+        if published:
+            print(f"published: {published}")
+        elif not destination:
+            print(f"publish: chorus adapters push {shlex.quote(str(result.output))} --tenant TENANT --name NAME")
+    if destination and not published:
+        raise typer.Exit(1)
 
 
-def _run(config: TrainConfig, output: Path) -> "TrainResult":
+def _destination(publish: tuple[str, str] | None, alias: str | None) -> Destination | None:
+    if publish is None:
+        if alias is not None:
+            raise InvalidArgument("--alias goes with --publish", field="alias")
+        return None
+    return Destination.parse(*publish, alias or DEFAULT_ALIAS)
+
+
+def _publish(folder: Path, destination: Destination) -> str | None:
+    """The new version's name; None, and a line that says how to try again, where the push failed."""
+    try:
+        return push(folder, destination)
+    except (ChorusError, OSError) as error:
+        what = describe(error) if isinstance(error, ChorusError) else str(error)
+        complain(f"not published: {what}; the adapter is kept, try again: {destination.command(folder)}")
+        return None
+
+
+def _run(config: TrainConfig, output: Path, *, resume: bool) -> "TrainResult":
     console = Console(stderr=True)
     with console.status("loading torch") if console.is_terminal else nullcontext():
         from chorus.trainer.loop import train as run
-    with _progress(console) as show:
-        return run(config, output, on_progress=show)
+    with stop_on_signals() as stop:
+        try:
+            with _progress(console) as show:
+                return run(config, output, on_progress=show, resume=resume, stop=stop)
+        except Interrupted as interrupted:
+            complain(
+                f"interrupted after step {interrupted.step} of {interrupted.steps}; "
+                f"to go on from {interrupted.checkpoint}, give the same command with --resume"
+            )
+            raise SystemExit(128 + interrupted.signum) from None
+        except Terminated:
+            complain("terminated")
+            raise SystemExit(128 + signal.SIGTERM) from None
 
 
 @contextmanager
@@ -86,12 +145,19 @@ def _progress(console: Console) -> Iterator[Callable[["Record"], None]]:
 
 
 def _print_summary(result: "TrainResult") -> None:
-    rows = []
-    if result.validation_loss is not None and result.validation_loss_before is not None:
-        rows.append(("validation loss", f"{result.validation_loss_before:.4f}", f"{result.validation_loss:.4f}"))
+    measured = (
+        ("validation loss", result.validation_loss_before, result.validation_loss),
+        ("token accuracy", result.validation_token_accuracy_before, result.validation_token_accuracy),
+        ("exact match", result.validation_exact_match_before, result.validation_exact_match),
+    )
+    rows = [
+        (title, f"{before:.4f}", f"{after:.4f}")
+        for title, before, after in measured
+        if before is not None and after is not None
+    ]
     rows.append(("training loss", "", f"{result.train_loss:.4f}"))
     rows.append(("parameters", f"{result.base_parameters:,}", f"+ {result.trainable_parameters:,}"))
     print_table(("", "base", "tuned"), rows, empty="")
-    print(f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:.1f} s")
+    early = f", stopped early, the best after {result.best_step}" if result.stopped_early else ""
+    print(f"{result.steps} steps{early}, {result.tokens:,} tokens, {result.seconds:.1f} s")
     print(f"adapter: {result.output}")
-    print(f"publish: chorus adapters push {shlex.quote(str(result.output))} --tenant TENANT --name NAME")

@@ -78,13 +78,26 @@ class LoopConfig(_Section):
         default=None, ge=1, description="Optimiser steps; 120 if neither this nor `epochs` is set."
     )
     epochs: int | None = Field(default=None, ge=1, description="In place of `steps`: passes over the training data.")
-    batch_size: int = Field(default=16, ge=1, description="Examples per step.")
+    batch_size: int = Field(default=16, ge=1, description="Examples that go through the model at once.")
+    gradient_accumulation: int = Field(
+        default=1, ge=1, description="Batches per step; every token of them weighs the same, as in one big batch."
+    )
     learning_rate: float = Field(default=5e-3, gt=0, description="Peak learning rate.")
     warmup_steps: int = Field(default=10, ge=0, description="Steps over which the rate climbs linearly from 0.")
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="The rate after warm-up.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are scaled down to this norm.")
-    eval_every: int = Field(default=50, ge=1, description="Steps between validation losses.")
+    eval_every: int = Field(default=50, ge=1, description="Steps between evaluations on the validation data.")
+    best_metric: Literal["loss", "token_accuracy", "exact_match"] = Field(
+        default="loss", description="The validation metric whose best adapter is exported."
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="Evaluations without progress before the run stops; never if unset."
+    )
+    min_delta: float = Field(
+        default=0.0, ge=0, description="Progress is a gain in `best_metric` of more than this; for `patience`."
+    )
+    checkpoint_every: int = Field(default=100, ge=1, description="Steps between checkpoints, for `--resume`.")
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="Same seed, data and machine: the same adapter, bit for bit."
     )
@@ -119,6 +132,12 @@ class TrainConfig(_Section):
     lora: LoraSettings = LoraSettings()
     train: LoopConfig = LoopConfig()
     task: TaskConfig = TaskConfig()
+
+    @model_validator(mode="after")
+    def _patience_has_something_to_watch(self) -> "TrainConfig":
+        if self.train.patience is not None and not (self.data.validation or self.data.validation_fraction):
+            raise ValueError("train.patience needs validation data: set data.validation or data.validation_fraction")
+        return self
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:

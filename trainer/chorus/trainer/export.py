@@ -1,6 +1,6 @@
-"""The trained adapter on disk: PEFT's two files and our task.json, all or nothing.
+"""The trained adapter on disk: PEFT's two files, our task.json and a model card, all or nothing.
 
-DIR/adapter_config.json  adapter_model.safetensors  task.json  train_log.jsonl
+DIR/adapter_config.json  adapter_model.safetensors  task.json  README.md  train_log.jsonl
 """
 
 import os
@@ -50,8 +50,8 @@ def staged(output: Path) -> Iterator[Path]:
 def write_adapter(folder: Path, model: PeftModelForCausalLM, base_name: str, card: TaskCard) -> None:
     """Writes the adapter and its card into `folder`; the bytes depend on seed, data and machine alone.
 
-    peft's own `save_pretrained` would add a README, ask the hub whether the vocabulary grew, write the base's full
-    path, and list the targets in an order that changes from process to process.
+    peft's own `save_pretrained` would add a README of placeholders, ask the hub whether the vocabulary grew, write the
+    base's full path, and list the targets in an order that changes from process to process.
     """
     config = model.peft_config["default"]
     assert isinstance(config, LoraConfig)
@@ -75,10 +75,19 @@ def task_card(base: Base, task: TaskConfig, data: Dataset, metrics: Metrics) -> 
         max_length=data.report.max_length,
         base_digest=base.digest,
         tokenizer_digest=base.tokenizer_digest,
-        metrics={name: value for name, value in asdict(metrics).items() if value is not None},
+        metrics=flat_metrics(metrics),
         trainer_version=version("chorus-serve"),
         data_digest=data.digest,
     )
+
+
+def flat_metrics(metrics: Metrics) -> dict[str, float]:
+    """By name: `train_loss`; with validation data `validation_X` of the adapter, `validation_X_before` of the base."""
+    flat = {"train_loss": metrics.train_loss}
+    for measured, suffix in ((metrics.before, "_before"), (metrics.best, "")):
+        if measured is not None:
+            flat |= {f"validation_{name}{suffix}": value for name, value in asdict(measured).items()}
+    return flat
 
 
 def _flush(folder: Path) -> None:

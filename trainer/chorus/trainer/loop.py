@@ -5,7 +5,7 @@ Knows the run. Does not know file formats (`data`, `export`), where LoRA goes (`
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,28 +17,40 @@ from peft import PeftModelForCausalLM
 from chorus.errors import FailedPrecondition, InvalidArgument
 from chorus.trainer.base import Base, load_base
 from chorus.trainer.batches import steps_per_epoch
+from chorus.trainer.checkpoint import Checkpoints, checkpoint_path, identity
 from chorus.trainer.config import LoopConfig, TrainConfig
 from chorus.trainer.data import DataReport, Dataset, load_dataset
 from chorus.trainer.export import staged, task_card, write_adapter
-from chorus.trainer.fit import fit
+from chorus.trainer.fit import Fitted, fit
+from chorus.trainer.interrupts import Interrupted, Stop
 from chorus.trainer.lora import attach_lora
+from chorus.trainer.model_card import FILE_NAME as CARD_NAME
+from chorus.trainer.model_card import model_card
 from chorus.trainer.records import LOG_NAME, OnProgress, Record, TrainLog
+from chorus.trainer.snapshot import Snapshot
 
 DEFAULT_STEPS: Final = 120
 
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """What a run gave. Losses are means per target token; validation losses are None without validation data.
+    """What a run gave. Validation's values are None without validation data; `best_step` is the exported adapter's.
 
-    `tokens` counts prompts and completions that were trained on, `seconds` the whole run with its set-up.
+    Losses are means per target token. `steps` counts those taken, fewer than asked for if `stopped_early`. `tokens`
+    counts prompts and completions that were trained on, `seconds` this process's whole run with its set-up.
     """
 
     output: Path
     steps: int
+    best_step: int
+    stopped_early: bool
     train_loss: float
     validation_loss_before: float | None
     validation_loss: float | None
+    validation_token_accuracy_before: float | None
+    validation_token_accuracy: float | None
+    validation_exact_match_before: float | None
+    validation_exact_match: float | None
     trainable_parameters: int
     base_parameters: int
     tokens: int
@@ -57,40 +69,116 @@ class Setup:
     steps: int
 
 
-def train(config: TrainConfig, output: Path, on_progress: OnProgress | None = None) -> TrainResult:
+def train(
+    config: TrainConfig,
+    output: Path,
+    on_progress: OnProgress | None = None,
+    *,
+    resume: bool = False,
+    stop: Stop | None = None,
+) -> TrainResult:
     """Trains one adapter and publishes it at `output`, which appears complete or not at all.
 
+    Checkpoints lie beside it, see `checkpoint`, until the run is complete. With `resume` the run goes on from there,
+    and ends with the bytes of a run that was never stopped. `stop` is heeded between steps.
+
     Raises:
-        InvalidArgument: bad data, a target that is not there, an `output` that is not empty.
-        NotFound, FailedPrecondition: the base, see `load_base`; a device that is not there; a loss that is not finite.
+        InvalidArgument: bad data, a target that is not there, an `output` that is not empty; a checkpoint that is not
+            there, or is there without `resume`.
+        NotFound, FailedPrecondition: the base, see `load_base`; a device that is not there; a loss that is not finite;
+            another run's checkpoint.
+        Interrupted: `stop` was wished for; the checkpoint is written.
     """
     started = time.monotonic()
     device = pick_device(config.train.device)
+    path = checkpoint_path(output)
+    _check_checkpoint(path, wanted=resume)
     with staged(output) as folder, seeded(config.train.seed, device):
         run = set_up(config, device)
-        with TrainLog(folder / LOG_NAME) as log:
-            log.write(run.data.report)
-
-            def record(item: Record) -> None:
-                log.write(item)
-                if on_progress is not None:
-                    on_progress(item)
-
-            fitted = fit(run.model, run.data, config.train, steps=run.steps, pad=run.base.pad, record=record)
+        checkpoints = Checkpoints(path, identity(config, run.base, run.data, device), resume)
+        fitted = _fit(run, config.train, folder / LOG_NAME, checkpoints, on_progress, stop or Stop())
         card = task_card(run.base, config.task, run.data, fitted.metrics)
         write_adapter(folder, run.model, run.base.name, card)
+        (folder / CARD_NAME).write_text(model_card(run.base, config, card, run.data.report), encoding="utf-8")
+    path.unlink(missing_ok=True)
+    return _result(output, run, fitted, time.monotonic() - started)
+
+
+def _fit(
+    run: Setup,
+    config: LoopConfig,
+    log_path: Path,
+    checkpoints: Checkpoints,
+    on_progress: OnProgress | None,
+    stop: Stop,
+) -> Fitted:
+    resumed = checkpoints.resumed()
+    with TrainLog(log_path, resumed.log if resumed else b"") as log, stop.stepping():
+        if resumed is None:
+            log.write(run.data.report)
+
+        def record(item: Record) -> None:
+            log.write(item)
+            if on_progress is not None:
+                on_progress(item)
+
+        def after_step(step: int, take: Callable[[], Snapshot]) -> None:
+            if stop.signum is not None or step % config.checkpoint_every == 0:
+                checkpoints.write(take(), log.content())
+            if stop.signum is not None:
+                raise Interrupted(stop.signum, step, run.steps, checkpoints.path)
+
+        try:
+            return fit(
+                run.model,
+                run.data,
+                config,
+                steps=run.steps,
+                pad=run.base.pad,
+                record=record,
+                resume=resumed and resumed.snapshot,
+                after_step=after_step,
+            )
+        except FailedPrecondition:
+            # Diverged: to go on from just before would diverge again.
+            checkpoints.path.unlink(missing_ok=True)
+            raise
+
+
+def _result(output: Path, run: Setup, fitted: Fitted, seconds: float) -> TrainResult:
+    before, best = fitted.metrics.before, fitted.metrics.best
     return TrainResult(
         output=output,
-        steps=run.steps,
+        steps=fitted.steps,
+        best_step=fitted.best_step,
+        stopped_early=fitted.stopped_early,
         train_loss=fitted.metrics.train_loss,
-        validation_loss_before=fitted.metrics.validation_loss_before,
-        validation_loss=fitted.metrics.validation_loss,
+        validation_loss_before=before.loss if before else None,
+        validation_loss=best.loss if best else None,
+        validation_token_accuracy_before=before.token_accuracy if before else None,
+        validation_token_accuracy=best.token_accuracy if best else None,
+        validation_exact_match_before=before.exact_match if before else None,
+        validation_exact_match=best.exact_match if best else None,
         trainable_parameters=sum(p.numel() for p in run.model.parameters() if p.requires_grad),
         base_parameters=run.base_parameters,
         tokens=fitted.tokens,
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         data=run.data.report,
     )
+
+
+def _check_checkpoint(path: Path, *, wanted: bool) -> None:
+    """Known before any work: nobody's steps are thrown away, and none are waited for that are not there."""
+    if wanted and not path.exists():
+        raise InvalidArgument(
+            f"resume: no checkpoint at {path}; leave --resume out to begin anew", reason="NO_CHECKPOINT", field="resume"
+        )
+    if path.exists() and not wanted:
+        raise InvalidArgument(
+            f"output: {path} is of a run that was interrupted; go on with --resume, or remove it to begin anew",
+            reason="CHECKPOINT_LEFT",
+            field="output",
+        )
 
 
 def set_up(config: TrainConfig, device: torch.device) -> Setup:
@@ -146,5 +234,5 @@ def _max_length(config: TrainConfig, base: Base) -> int:
 
 def _steps(config: LoopConfig, examples: int) -> int:
     if config.epochs is not None:
-        return config.epochs * steps_per_epoch(examples, config.batch_size)
+        return -(-config.epochs * steps_per_epoch(examples, config.batch_size) // config.gradient_accumulation)
     return config.steps or DEFAULT_STEPS

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from chorus.trainer.data import DataReport
+from chorus.trainer.metrics import Validation
 
 LOG_NAME = "train_log.jsonl"
 
@@ -28,13 +29,21 @@ class StepRecord:
 
 @dataclass(frozen=True, slots=True)
 class EvalRecord:
-    """Mean loss per target token of the whole validation set after `step` steps."""
+    """The whole validation set after `step` steps; see `metrics.Validation`."""
 
     step: int
     steps: int
     validation_loss: float
+    validation_token_accuracy: float
+    validation_exact_match: float
     tokens: int
     seconds: float
+
+    @classmethod
+    def of(cls, validation: Validation, step: int, steps: int, tokens: int, seconds: float) -> "EvalRecord":
+        """The record of one evaluation."""
+        measured = (validation.loss, validation.token_accuracy, validation.exact_match)
+        return cls(step, steps, *measured, tokens, seconds)
 
 
 Record = StepRecord | EvalRecord
@@ -44,10 +53,20 @@ _KINDS = {StepRecord: "step", EvalRecord: "eval", DataReport: "data"}
 
 
 class TrainLog:
-    """A JSONL file, one object per record, each told apart by "kind": data, step or eval."""
+    """A JSONL file, one object per record, each told apart by "kind": data, step or eval.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8", buffering=1)
+    `before` is what an interrupted run had written.
+    """
+
+    def __init__(self, path: Path, before: bytes = b"") -> None:
+        path.write_bytes(before)
+        self._path = path
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def content(self) -> bytes:
+        """All that was written so far."""
+        self._file.flush()
+        return self._path.read_bytes()
 
     def write(self, record: Record | DataReport) -> None:
         fields: dict[str, Any] = {"kind": _KINDS[type(record)]} | asdict(record)
