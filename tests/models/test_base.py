@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from chorus.errors import ChorusError, FailedPrecondition, InvalidArgument, NotFound
 from chorus.models.base import load_base
 from chorus.models.digest import base_digest
+from chorus.models.families import family_of
 from support.tiny import save_base
 
 
@@ -86,6 +88,7 @@ def test_the_digest_knows_weights_and_config_but_not_who_wrote_them(llama: Path,
     [
         ({"model_type": "bloom"}, "bloom"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
+        ({"use_bidirectional_attention": True}, "bidirectional"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(
@@ -123,3 +126,9 @@ def test_weights_that_do_not_fit_the_config_are_refused(llama: Path, tmp_path: P
 def test_a_missing_device_is_said(llama: Path) -> None:
     with pytest.raises(FailedPrecondition, match="cuda"):
         load_base(str(llama), device="cuda", dtype="float32")
+
+
+def test_longrope_for_some_layers_only_is_refused() -> None:
+    rope = {"full_attention": {"rope_type": "longrope"}, "sliding_attention": {"rope_type": "default"}}
+    with pytest.raises(FailedPrecondition, match="longrope"):
+        family_of(SimpleNamespace(model_type="gemma3_text", rope_parameters=rope))

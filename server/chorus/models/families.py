@@ -85,12 +85,9 @@ def family_of(config: Any) -> Family:
             f"model type {config.model_type!r} is not served; served are {', '.join(sorted(FAMILIES))}",
             reason="UNSUPPORTED_MODEL",
         )
-    for rope_type in rope_types(config):
-        if rope_type not in _ROPE_TYPES:
-            raise FailedPrecondition(
-                f"rope_type {rope_type!r} is not served: its frequencies depend on the longest row of a batch",
-                reason="UNSUPPORTED_MODEL",
-            )
+    _refuse_rope(config)
+    if getattr(config, "use_bidirectional_attention", None):
+        raise FailedPrecondition("use_bidirectional_attention is not served", reason="UNSUPPORTED_MODEL")
     if getattr(config, "add_cross_attention", False) or getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise FailedPrecondition(
             "add_cross_attention and scale_attn_by_inverse_layer_idx are not served", reason="UNSUPPORTED_MODEL"
@@ -98,8 +95,26 @@ def family_of(config: Any) -> Family:
     return family
 
 
-def rope_types(config: Any) -> list[str]:
-    """How a config's positions are rotated: one type, or one for each type of layer (Gemma 3)."""
+def _refuse_rope(config: Any) -> None:
     parameters = getattr(config, "rope_parameters", None) or {}
-    by_layer = [value for value in parameters.values() if isinstance(value, dict)]
-    return [rope.get("rope_type", "default") for rope in by_layer or [parameters]]
+    by_layer = [value for value in parameters.values() if isinstance(value, dict)]  # Gemma 3: one for a type of layer
+    for rope in by_layer or [parameters]:
+        rope_type = rope.get("rope_type", "default")
+        if rope_type == "dynamic":
+            raise FailedPrecondition(
+                "rope_type 'dynamic' is not served: its frequencies depend on the longest row of a batch",
+                reason="UNSUPPORTED_MODEL",
+            )
+        if rope_type not in _ROPE_TYPES or (rope_type == "longrope" and by_layer):
+            raise FailedPrecondition(f"rope_type {rope_type!r} is not served here", reason="UNSUPPORTED_MODEL")
+
+
+def markdown() -> str:
+    """The families as a table, for the docs."""
+    lines = ["| family | `model_type` | notes |", "|---|---|---|"]
+    lines += [f"| {family.name} | `{family.model_type}` | {family.note} |" for family in FAMILIES.values()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")
