@@ -163,6 +163,6 @@ def test_without_the_server_extra_it_is_named(monkeypatch: pytest.MonkeyPatch, r
     assert result.stderr.count("\n") == 1
 
 
-def test_a_server_that_ends_badly_is_exit_1(server: Callable[[Serve], None], run: Run) -> None:
+def test_a_server_whose_engine_died_is_exit_70(server: Callable[[Serve], None], run: Run) -> None:
     server(lambda config, on_ready: 70)
-    assert run("serve").exit_code == 1
+    assert run("serve").exit_code == 70

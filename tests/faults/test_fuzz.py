@@ -99,7 +99,9 @@ class Fuzzed:
         assert rpc_status.from_call(refusal) is not None, f"a bare code: {told}"
 
     def rss_mb(self) -> float:
-        return float(self.process.memory_info().rss) / 2**20
+        """Front end and engine together."""
+        processes = (self.process, *self.process.children())
+        return sum(float(process.memory_info().rss) for process in processes) / 2**20
 
 
 def first(stream: Any) -> None:

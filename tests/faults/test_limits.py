@@ -73,7 +73,9 @@ def send(channel: Any, method: MethodDescriptor, data: bytes) -> None:
 
 
 def rss_mb(server: ServerProcess) -> float:
-    return float(psutil.Process(server.process.pid).memory_info().rss) / 2**20
+    """Front end and engine together."""
+    front_end = psutil.Process(server.process.pid)
+    return sum(float(process.memory_info().rss) for process in (front_end, *front_end.children())) / 2**20
 
 
 def assert_answers(server: ServerProcess, world: TinyWorld) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from chorus.admin.v1 import adapters_pb2_grpc
 from chorus.config import ServerConfig
+from chorus.engine.pacing import Pacer
 from chorus.engine.thread import EngineThread
 from chorus.models.base import load_base
 from chorus.services.assembly import ChorusServer, ServedBase
@@ -65,8 +66,10 @@ async def wire(world: TinyWorld, tmp_path: Path) -> AsyncIterator[Wire]:
     base = load_base(str(world.base), device="cpu", dtype="float32")
     server = ChorusServer(
         config,
-        ServedBase(base.facts, None, base.sites, base.weight),
-        lambda on_events, on_death: EngineThread(lambda wake: make_engine(world.base), on_events, on_death),
+        ServedBase(base.facts, None),
+        lambda on_events, on_death: EngineThread(
+            lambda wake: make_engine(world.base, wake=wake), Pacer(on_events).take, on_death
+        ),
     )
     try:
         ports_taken = await server.start()

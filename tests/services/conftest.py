@@ -14,7 +14,7 @@ from chorus.config import ServerConfig
 from chorus.models.facts import BaseFacts
 from chorus.services.assembly import ChorusServer, ServedBase
 from chorus.v1 import inference_pb2_grpc
-from services.fakes import FACTS, SITE, FakeEngine, byte_tokenizer
+from services.fakes import FACTS, FakeEngine, byte_tokenizer
 from services.harness import MakeRig, Rig
 
 BYTES = byte_tokenizer()
@@ -39,10 +39,12 @@ async def make_rig(tmp_path: Path) -> AsyncIterator[MakeRig]:
         engines: list[FakeEngine] = []
 
         def make_engine(*callbacks: Any) -> FakeEngine:
-            engines.append(FakeEngine(*callbacks))
-            return engines[0]
+            engine = FakeEngine(*callbacks)
+            engine.base_digest, engine.max_rank = facts.digest, config.max_rank
+            engines.append(engine)
+            return engine
 
-        base = ServedBase(facts, tokenizer, {SITE.name: SITE})
+        base = ServedBase(facts, tokenizer)
         server = ChorusServer(config, base, make_engine)
         try:
             endpoints = await server.start()

@@ -3,17 +3,22 @@
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
+from pathlib import Path
 
 import torch
 from safetensors.torch import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from chorus.adapters.checks import check
 from chorus.admin.v1 import adapters_pb2
 from chorus.engine.messages import (
     Abort,
+    Check,
+    Checked,
+    CheckFailed,
     Command,
     Event,
     FinishReason,
@@ -32,6 +37,7 @@ from chorus.engine.messages import (
     Unload,
     Unpin,
 )
+from chorus.errors import ChorusError
 from chorus.models.facts import BaseFacts
 from chorus.models.sites import Site
 
@@ -118,7 +124,9 @@ def silent(submit: Submit, engine: "FakeEngine") -> Iterator[Event | float]:
 class FakeEngine:
     """Speaks the engine's protocol from threads of its own, one a request. `reply` says what a Submit gets."""
 
-    def __init__(self, on_events: Callable[[StepEvents], None], on_death: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self, on_events: Callable[[Sequence[StepEvents]], None], on_death: Callable[[BaseException], None]
+    ) -> None:
         self.commands: list[Command] = []
         self.aborted: set[int] = set()
         self.aborted_outputs: set[tuple[int, int]] = set()
@@ -126,6 +134,8 @@ class FakeEngine:
         self.load_error: LoadFailed | None = None
         self.loads_answered = True
         self.resident: tuple[ResidentAdapter, ...] = ()
+        self.base_digest = FACTS.digest
+        self.max_rank = 128
         self.stopped = threading.Event()
         self.die = on_death
         self._on_events = on_events
@@ -151,13 +161,15 @@ class FakeEngine:
             case Load(adapter) | Pin(adapter):
                 if self.loads_answered:
                     self._run(lambda: self.post(self.load_error or Loaded(adapter.digest, (("device", 0.01),))))
+            case Check(check_id, folder):
+                self._run(lambda: self.post(self._checked(check_id, Path(folder))))
             case QueryResidency(query_id):
                 self._run(lambda: self.post(ResidencyReport(query_id, self.resident, 64, 16, 4096, 1024, 32, 3)))
             case Unpin() | Unload():
                 pass
 
     def post(self, *events: Event, stats: StepStats | None = None) -> None:
-        self._on_events(StepEvents(events, stats or StepStats(seconds=0.001, rows=1), ran=True))
+        self._on_events([StepEvents(events, stats or StepStats(seconds=0.001, rows=1), ran=True)])
 
     def has_aborted(self, request_id: int, index: int = 0) -> bool:
         """The request, or this output of it."""
@@ -165,6 +177,14 @@ class FakeEngine:
 
     def sent(self, kind: type[Command]) -> list[Command]:
         return [command for command in self.commands if isinstance(command, kind)]
+
+    def _checked(self, check_id: int, folder: Path) -> Event:
+        """As the engine does it."""
+        try:
+            return Checked(check_id, check(folder, {SITE.name: SITE}, self.base_digest, max_rank=self.max_rank))
+        except ChorusError as error:
+            fields = tuple((violation.field, violation.description) for violation in error.violations)
+            return CheckFailed(check_id, error.code, error.reason, error.message, error.retry_after_s, fields)
 
     def _answer(self, submit: Submit) -> None:
         for item in self.reply(submit, self):

@@ -88,7 +88,7 @@ async def test_drain_ends_uploads_and_calls_that_wait_for_an_adapter(make_rig: M
     waiting = asyncio.ensure_future(rig.generate(adapter="tenants/a/adapters/x"))
     uploading = rig.admin.CreateAdapterVersion()
     await uploading.write(next(upload("tenants/a/adapters/y", lora_files())))
-    await until(lambda: len(rig.engine.commands) == 2)
+    await until(lambda: len(rig.engine.commands) == 3)  # the upload's check is the first
     rig.server.drain_soon()
     assert await asyncio.wait_for(rig.server.until_drained(), 5) == 0
     for call in (loading, waiting, as_coroutine(uploading)):

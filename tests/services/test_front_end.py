@@ -64,7 +64,7 @@ async def front_end(port: Port) -> EngineFrontEnd:
 
 
 def tell(front_end: EngineFrontEnd, *events: Event) -> None:
-    front_end.deliver(StepEvents(events))
+    front_end.deliver([StepEvents(events)])
 
 
 def submit(front_end: EngineFrontEnd, n: int = 1) -> TokenStream:

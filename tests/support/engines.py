@@ -1,6 +1,6 @@
 """Engines for tests: small budgets, driven by hand."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +49,7 @@ def make_engine(
     max_rows: int = 16,
     max_step_tokens: int = 24,
     device: str = "cpu",
+    wake: Callable[[], None] = lambda: None,
 ) -> Engine:
     """An fp32 engine whose prefills take several chunks."""
     memory = MemoryPlan(
@@ -61,6 +62,7 @@ def make_engine(
         max_rows=max_rows,
         max_step_tokens=max_step_tokens,
         max_queue=256,
+        on_ready=wake,
     )
 
 

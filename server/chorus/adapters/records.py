@@ -39,6 +39,20 @@ class VersionRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckedAdapter:
+    """What `checks.check` found out about a sound adapter that fits the base; fields as in `VersionRecord`."""
+
+    digest: str
+    kind: str
+    max_rank: int
+    size_bytes: int
+    site_count: int
+    task: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    chat_template: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterRecord:
     """A tenant's adapter: alias -> digest, and its versions, oldest first.
 

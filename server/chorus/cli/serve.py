@@ -68,9 +68,10 @@ def serve(
     logs.set_up(settings.log_format, settings.log_level)
     from chorus.services.server import serve as run
 
-    if run(settings, on_ready=lambda endpoints, memory: announce(settings, endpoints, memory)) != 0:
-        # Every command's contract: 0 done, 2 wrong usage, 1 anything else. The log says what.
-        raise typer.Exit(1)
+    code = run(settings, on_ready=lambda endpoints, memory: announce(settings, endpoints, memory))
+    if code:
+        # 70: the engine died. The log says of what.
+        raise typer.Exit(code)
 
 
 def announce(config: ServerConfig, endpoints: "Endpoints", memory: "MemoryPlan") -> None:

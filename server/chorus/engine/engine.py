@@ -6,8 +6,10 @@ from pathlib import Path
 
 from chorus import failpoints
 from chorus.adapters import kinds
+from chorus.adapters.checks import CheckOutcome, Checks, check
 from chorus.adapters.digest import read_verified
 from chorus.adapters.pool import AdapterPool
+from chorus.adapters.records import CheckedAdapter
 from chorus.adapters.residency import NO_ADAPTER_ROOM, LoadedHost, LoadOutcome, Residency
 from chorus.engine import blame
 from chorus.engine import messages as m
@@ -55,6 +57,7 @@ class Engine:
         pool = AdapterPool(base.sites, rows=memory.adapter_rows, device=base.device, dtype=base.dtype)
         self._pool = pool
         self.residency = Residency(pool, _loader(base, max_rank), on_ready=on_ready)
+        self._checks = Checks(_checker(base, max_rank), on_ready=on_ready)
         self.blocks = BlockPool(memory.kv_blocks, memory.block_size)
         self.scheduler = Scheduler(
             pool=self.blocks,
@@ -87,6 +90,7 @@ class Engine:
             self._apply(command, began, events)
         for outcome in self.residency.advance():
             self._report_load(outcome, events)
+        events += map(_checked, self._checks.advance())
         schedule = self.scheduler.schedule(began)
         events += [_failed(request_id, DeadlineExceeded("the deadline passed")) for request_id in schedule.expired]
         events += [m.Started(seq.request_id, began, seq.adapter_wait) for seq in schedule.started]
@@ -105,6 +109,7 @@ class Engine:
 
     def close(self) -> None:
         self.residency.close()
+        self._checks.close()
 
     def _run(self, schedule: Schedule) -> list[m.Event]:
         """Computes what was scheduled and books it; a request that can not be computed fails, the others go on."""
@@ -145,6 +150,8 @@ class Engine:
                 self.residency.unpin(digest)
             case m.Unload(digest):
                 self.residency.unload(digest)
+            case m.Check(check_id, folder):
+                self._checks.submit(check_id, folder)
             case m.QueryResidency(query_id):
                 events.append(self._residency_report(query_id))
 
@@ -203,6 +210,12 @@ class Engine:
         )
 
 
+def _checker(base: Base, max_rank: int) -> Callable[[Path], CheckedAdapter]:
+    """What a loader thread does with an uploaded folder."""
+    sites = base.sites
+    return lambda folder: check(folder, sites, base.facts.digest, max_rank=max_rank, base_weight=base.weight)
+
+
 def _loader(base: Base, max_rank: int) -> Callable[[str, str], LoadedHost]:
     """What a loader thread does with an adapter's folder: read, check that it still is what was stored, lower, cast."""
     sites = base.sites
@@ -231,7 +244,15 @@ def _told(sampled: Sampled, drawn: Drawn | None) -> Iterator[m.Event]:
     if seq.sampling.prompt_logprobs is not None and len(seq.output) <= 1:
         yield m.PromptLogprobs(seq.request_id, tuple(seq.prompt_logprobs))
     logprobs = (drawn.logprob,) if drawn and drawn.logprob else ()
-    yield m.Tokens(seq.request_id, tuple(seq.output[-1:]), finish, seq.index, logprobs)
+    yield m.Tokens(seq.request_id, tuple(seq.output[-1:]), finish, seq.index, logprobs, first=len(seq.output) == 1)
+
+
+def _checked(outcome: CheckOutcome) -> m.Event:
+    found = outcome.found
+    if not isinstance(found, ChorusError):
+        return m.Checked(outcome.check_id, found)
+    fields = tuple((violation.field, violation.description) for violation in found.violations)
+    return m.CheckFailed(outcome.check_id, found.code, found.reason, found.message, found.retry_after_s, fields)
 
 
 def _failed(request_id: int, error: ChorusError) -> m.Failed:

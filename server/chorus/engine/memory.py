@@ -1,11 +1,16 @@
-"""How the memory that the operator granted is split: KV blocks and adapter rank rows. Fixed at start."""
+"""How the memory that the operator granted is split: KV blocks and adapter rank rows. Fixed at start.
+
+Imports torch only to plan: the front end, too, knows what a plan is.
+"""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from chorus.adapters.pool import rows_for_budget
 from chorus.config import ServerConfig
 from chorus.errors import FailedPrecondition
-from chorus.models.base import Base
+
+if TYPE_CHECKING:
+    from chorus.models.base import Base
 
 BLOCK_SIZE = 16
 
@@ -21,12 +26,14 @@ class MemoryPlan:
     context_length: int
 
 
-def plan_memory(base: Base, config: ServerConfig) -> MemoryPlan:
+def plan_memory(base: "Base", config: ServerConfig) -> MemoryPlan:
     """Splits the configured budgets.
 
     Raises:
         FailedPrecondition: the KV budget does not hold a single block for two sequences.
     """
+    from chorus.adapters.pool import rows_for_budget
+
     block_bytes = 2 * base.layers * base.kv_heads * base.head_dim * BLOCK_SIZE * base.dtype.itemsize
     blocks = config.kv_cache_mb * 2**20 // block_bytes
     if blocks < 2:

@@ -1,12 +1,15 @@
 """What crosses the line between the front end and the engine: flat, frozen, serialisable.
 
-Commands go in through `EngineThread.send`; one `StepEvents` a step comes back. Nothing here holds a tensor, a socket or
-a lock, so the engine can move into a process of its own without a change to either side.
+Commands go in; one `StepEvents` a step comes back. Nothing here holds a tensor, a socket or a lock, and
+`chorus.engine.wire` puts these into bytes: msgspec structs, told apart by their names.
 """
 
 import time
-from dataclasses import dataclass, field
 from enum import Enum
+
+import msgspec
+
+from chorus.adapters.records import CheckedAdapter
 
 
 class FinishReason(Enum):
@@ -16,16 +19,14 @@ class FinishReason(Enum):
     ABORTED = "aborted"
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterRef:
+class AdapterRef(msgspec.Struct, frozen=True):
     """An immutable adapter version: its digest, and the folder that holds its files."""
 
     digest: str
     path: str
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(msgspec.Struct, frozen=True):
     """How the next token is drawn; already validated, every default filled in.
 
     `seed` is always set: the front end draws one where the caller gave none. `stop_token_ids` does not hold EOS.
@@ -54,8 +55,7 @@ class Sampling:
 # Front end -> engine
 
 
-@dataclass(frozen=True, slots=True)
-class Submit:
+class Submit(msgspec.Struct, frozen=True, tag=True):
     """Generate `n` outputs from `prompt`; output i draws with `seed + i`, and the outputs share the prompt's pages.
 
     `deadline` is on `time.monotonic`'s clock; past it the request ends, queued or not. With `max_tokens` 0 nothing is
@@ -71,55 +71,55 @@ class Submit:
     n: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Abort:
+class Abort(msgspec.Struct, frozen=True, tag=True):
     """Ends a request wherever it is, or one of its outputs; that gets no further event. Unknown ids are ignored."""
 
     request_id: int
     index: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(msgspec.Struct, frozen=True, tag=True):
     """Brings a version to the device when there is room (prefetch); answered by `Loaded` or `LoadFailed`."""
 
     adapter: AdapterRef
 
 
-@dataclass(frozen=True, slots=True)
-class Pin:
+class Pin(msgspec.Struct, frozen=True, tag=True):
     """Loads a version and keeps it; answered by `Loaded` or `LoadFailed`."""
 
     adapter: AdapterRef
 
 
-@dataclass(frozen=True, slots=True)
-class Unpin:
+class Unpin(msgspec.Struct, frozen=True, tag=True):
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
-class Unload:
+class Unload(msgspec.Struct, frozen=True, tag=True):
     """Forgets a version as soon as no request holds it."""
 
     digest: str
 
 
-@dataclass(frozen=True, slots=True)
-class QueryResidency:
+class QueryResidency(msgspec.Struct, frozen=True, tag=True):
     """Answered by `ResidencyReport` with the same `query_id`."""
 
     query_id: int
 
 
-Command = Submit | Abort | Load | Pin | Unpin | Unload | QueryResidency
+class Check(msgspec.Struct, frozen=True, tag=True):
+    """Reads the adapter in a folder and lowers it onto the base; answered by `Checked` or `CheckFailed`."""
+
+    check_id: int
+    folder: str
+
+
+Command = Submit | Abort | Load | Pin | Unpin | Unload | QueryResidency | Check
 
 
 # Engine -> front end
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
+class Started(msgspec.Struct, frozen=True, tag=True):
     """A request's first step is about to run. Times on `time.monotonic`'s clock, durations in seconds."""
 
     request_id: int
@@ -127,8 +127,7 @@ class Started:
     adapter_wait: float
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(msgspec.Struct, frozen=True):
     """Natural log-probability of a token under the model's own distribution: before bias, penalties and temperature.
 
     `top` holds the likeliest tokens with theirs, likeliest first.
@@ -138,11 +137,11 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
+class Tokens(msgspec.Struct, frozen=True, tag=True):
     """New tokens of output `index` of a request, and its end if `finish` is set. EOS and stop tokens are among them.
 
-    `logprobs` is empty or has one entry a token. A request is over when all its outputs are.
+    `logprobs` is empty or has one entry a token; `first` tells the output's first token. A request is over when all its
+    outputs are.
     """
 
     request_id: int
@@ -150,18 +149,17 @@ class Tokens:
     finish: FinishReason | None = None
     index: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+    first: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class PromptLogprobs:
+class PromptLogprobs(msgspec.Struct, frozen=True, tag=True):
     """One entry for each token of the prompt from `prompt_logprobs_from` on; comes once, before the first token."""
 
     request_id: int
     logprobs: tuple[TokenLogprob, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(msgspec.Struct, frozen=True, tag=True):
     """A request ended with an error: `code` and `reason` as in `chorus.errors`, `message` safe to send."""
 
     request_id: int
@@ -171,14 +169,12 @@ class Failed:
     retry_after_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(msgspec.Struct, frozen=True, tag=True):
     digest: str
     seconds_by_stage: tuple[tuple[str, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class LoadFailed:
+class LoadFailed(msgspec.Struct, frozen=True, tag=True):
     digest: str
     code: str
     reason: str
@@ -186,8 +182,23 @@ class LoadFailed:
     retry_after_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ResidentAdapter:
+class Checked(msgspec.Struct, frozen=True, tag=True):
+    check_id: int
+    adapter: CheckedAdapter
+
+
+class CheckFailed(msgspec.Struct, frozen=True, tag=True):
+    """`violations` are pairs of field and description."""
+
+    check_id: int
+    code: str
+    reason: str
+    message: str
+    retry_after_s: float | None = None
+    violations: tuple[tuple[str, str], ...] = ()
+
+
+class ResidentAdapter(msgspec.Struct, frozen=True):
     """One version in memory; `tier` is "device", "host" or "loading"."""
 
     digest: str
@@ -200,8 +211,7 @@ class ResidentAdapter:
     hits: int
 
 
-@dataclass(frozen=True, slots=True)
-class ResidencyReport:
+class ResidencyReport(msgspec.Struct, frozen=True, tag=True):
     query_id: int
     adapters: tuple[ResidentAdapter, ...]
     rows_total: int
@@ -212,8 +222,7 @@ class ResidencyReport:
     kv_blocks_used: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepStats:
+class StepStats(msgspec.Struct, frozen=True):
     """What one step did, and what stood where when it ended; feeds the metrics."""
 
     seconds: float = 0.0
@@ -235,17 +244,26 @@ class StepStats:
     pinned: int = 0
 
 
-Event = Started | PromptLogprobs | Tokens | Failed | Loaded | LoadFailed | ResidencyReport
+Event = Started | PromptLogprobs | Tokens | Failed | Loaded | LoadFailed | ResidencyReport | Checked | CheckFailed
 
 
-@dataclass(frozen=True, slots=True)
-class StepEvents:
+class StepEvents(msgspec.Struct, frozen=True):
     """Everything that one turn of the engine's loop has to say; `ran` is False when no forward pass was made.
 
-    `at` is when the turn ended, on `time.monotonic`'s clock.
+    `at` is when the turn ended, on `time.monotonic`'s clock, which all processes of a machine share.
     """
 
     events: tuple[Event, ...] = ()
-    stats: StepStats = field(default_factory=StepStats)
+    stats: StepStats = StepStats()
     ran: bool = False
-    at: float = field(default_factory=time.monotonic)
+    at: float = msgspec.field(default_factory=time.monotonic)
+
+    @property
+    def urgent(self) -> bool:
+        """Whether anybody minds hearing it only together with the next turn. Where nothing runs there may be none."""
+        return not self.ran or not self.stats.running or any(map(_is_awaited, self.events))
+
+
+def _is_awaited(event: Event) -> bool:
+    """Anything but tokens in the middle of an answer."""
+    return not isinstance(event, Tokens) or event.first or event.finish is not None

@@ -7,8 +7,10 @@
 Knows nothing of the text, of streams or of the device. The scheduler and the pool are the only ones that change it.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
+
+from msgspec.structs import replace
 
 from chorus.engine.messages import AdapterRef, FinishReason, Sampling, Submit, TokenLogprob
 from chorus.engine.token_counts import TokenCounts

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -28,6 +27,7 @@ from chorus.models.families import Family, family_of
 from chorus.models.linear import AdaptedLinears, wrap
 from chorus.models.longrope import RowwiseLongRope, replace_longrope
 from chorus.models.sites import Site
+from chorus.models.tokenizer import load_tokenizer
 
 Adapted = AdaptedLinears | AdaptedEmbedding
 
@@ -96,7 +96,7 @@ def load_base(
         family = family_of(config)
         module = _module(folder, config, device, getattr(torch, dtype), load_format)
         name = source or "embedded"
-        tokenizer = _tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
         adapted = _adapt(module, family)
         longrope = replace_longrope(module, config)
         facts = BaseFacts(
@@ -135,17 +135,6 @@ def _module(folder: Path, config: Any, device: str, dtype: torch.dtype, load_for
     module: Any = read_module(folder, config, dtype, attention=attention.NAME)
     moved: PreTrainedModel = module.to(device)
     return moved
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        return None
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise FailedPrecondition(
-            f"model: the tokenizer of {folder} has no fast (tokenizers) form", reason="UNSUPPORTED_TOKENIZER"
-        )
-    return tokenizer
 
 
 def _adapt(module: PreTrainedModel, family: Family) -> dict[str, Adapted]:

@@ -71,7 +71,7 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
         async with self._uploads.folder() as folder:
             await self._uploads.receive(request_iterator, header.files, folder)
             await failpoints.hit_async("upload.received")
-            upload = await self._uploads.check(folder)
+            upload = await self._front_end.check(folder)
             files = [folder / file.name for file in header.files]
             record, created = await self._catalog.publish(
                 name, upload, files, alias=alias, request_id=header.request_id

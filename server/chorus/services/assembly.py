@@ -10,7 +10,7 @@ import importlib.metadata
 import logging
 import platform
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,14 +19,12 @@ from grpc_health.v1 import health, health_pb2
 from transformers import PreTrainedTokenizerFast
 
 from chorus import failpoints
-from chorus.adapters.kinds import BaseWeight
 from chorus.admin.v1 import adapters_pb2, adapters_pb2_grpc
 from chorus.config import ServerConfig
 from chorus.engine.messages import Command, StepEvents
 from chorus.errors import Unavailable
 from chorus.metrics import Metrics
 from chorus.models.facts import BaseFacts
-from chorus.models.sites import Site
 from chorus.services.admin import AdaptersServicer, pin_again
 from chorus.services.catalog import Catalog
 from chorus.services.chat import Chat
@@ -50,14 +48,16 @@ _ENGINE_STOP_S = 10.0
 
 
 class EngineHandle(Protocol):
-    """The engine as the server sees it; `chorus.engine.thread.EngineThread` is one."""
+    """The engine as the server sees it; `chorus.services.engine_process.EngineProcess` is one."""
 
     def start(self) -> None: ...
     def send(self, command: Command, /) -> None: ...
     def stop(self) -> None: ...
 
 
-MakeEngine = Callable[[Callable[[StepEvents], None], Callable[[BaseException], None]], EngineHandle]
+OnEvents = Callable[[Sequence[StepEvents]], None]
+MakeEngine = Callable[[OnEvents, Callable[[BaseException], None]], EngineHandle]
+"""What it is given may be called from any thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,6 @@ class ServedBase:
 
     facts: BaseFacts
     tokenizer: PreTrainedTokenizerFast | None
-    sites: Mapping[str, Site]
-    weight: BaseWeight | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,14 +182,7 @@ class ChorusServer:
 
     async def _start_admin(self, catalog: Catalog) -> int:
         server = self._grpc_server()
-        uploads = Uploads(
-            catalog.tmp,
-            self._served.sites,
-            self._served.facts.digest,
-            max_rank=self._config.max_rank,
-            max_bytes=self._config.max_adapter_mb * 2**20,
-            base_weight=self._served.weight,
-        )
+        uploads = Uploads(catalog.tmp, max_bytes=self._config.max_adapter_mb * 2**20)
         self._closers.callback(uploads.close)
         servicer = AdaptersServicer(
             self._front_end,
@@ -212,8 +203,8 @@ class ChorusServer:
         self._closers.push_async_callback(server.stop, _FLUSH_S)
         return server
 
-    def _on_events(self, events: StepEvents) -> None:
-        self._front_end.post(events)
+    def _on_events(self, steps: Sequence[StepEvents]) -> None:
+        self._loop.call_soon_threadsafe(self._front_end.deliver, steps)
 
     def _on_removed(self, digest: str) -> None:
         self._loop.call_soon_threadsafe(self._front_end.unload, digest)

@@ -14,13 +14,12 @@ from pathlib import Path
 from chorus import failpoints, logs
 from chorus.adapters.blobs import BlobStore
 from chorus.adapters.names import AdapterName, parse_name
-from chorus.adapters.records import AdapterRecord, VersionRecord
+from chorus.adapters.records import AdapterRecord, CheckedAdapter, VersionRecord
 from chorus.adapters.registry import Lease, Registry
 from chorus.engine.messages import AdapterRef
 from chorus.errors import FailedPrecondition
 from chorus.services.identity import Tenant
 from chorus.services.resources import adapter_message, version_message
-from chorus.services.uploads import CheckedUpload
 from chorus.v1 import adapter_pb2
 
 log = logging.getLogger(__name__)
@@ -133,7 +132,7 @@ class Catalog:
         return [version_message(name, record) for record in records], token
 
     async def publish(
-        self, name: AdapterName, upload: CheckedUpload, files: Sequence[Path], *, alias: str, request_id: str
+        self, name: AdapterName, upload: CheckedAdapter, files: Sequence[Path], *, alias: str, request_id: str
     ) -> tuple[AdapterRecord, bool]:
         """Stores the files and registers the version; False where the adapter had it already."""
         return await asyncio.to_thread(self._publish, name, upload, files, alias, request_id)
@@ -156,7 +155,7 @@ class Catalog:
         return digests
 
     def _publish(
-        self, name: AdapterName, upload: CheckedUpload, files: Sequence[Path], alias: str, request_id: str
+        self, name: AdapterName, upload: CheckedAdapter, files: Sequence[Path], alias: str, request_id: str
     ) -> tuple[AdapterRecord, bool]:
         version = VersionRecord(
             digest=upload.digest,

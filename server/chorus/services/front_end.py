@@ -1,7 +1,7 @@
-"""The front end of the engine: one event loop on this side, one step thread on the other.
+"""The front end of the engine: one event loop on this side, the engine's process on the other.
 
-    handler ---submit---> EngineFrontEnd ---port.send---> step thread
-    handler <-TokenStream- EngineFrontEnd.deliver <--call_soon_threadsafe, once a step-- step thread
+    handler ---submit---> EngineFrontEnd ---port.send---> engine
+    handler <-TokenStream- EngineFrontEnd.deliver <--a few turns at once-- engine
 
 Whoever asked gets an answer: tokens, an error of its own, or the error that the engine died of.
 """
@@ -11,11 +11,16 @@ import itertools
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
+from chorus.adapters.records import CheckedAdapter
 from chorus.engine.messages import (
     Abort,
     AdapterRef,
+    Check,
+    Checked,
+    CheckFailed,
     Command,
     Event,
     Failed,
@@ -34,23 +39,23 @@ from chorus.engine.messages import (
     Unload,
     Unpin,
 )
-from chorus.errors import BY_CODE, Aborted, ChorusError, InternalError, ResourceExhausted
+from chorus.errors import BY_CODE, Aborted, ChorusError, FieldViolation, InternalError, ResourceExhausted
 from chorus.metrics import Metrics
 from chorus.services.lifecycle import fresh
-from chorus.services.pacing import pace
 from chorus.services.streams import StreamEnds, TokenStream
 
 T = TypeVar("T")
+Answer = Loaded | LoadFailed | ResidencyReport | Checked | CheckFailed
 
 
 class EnginePort(Protocol):
-    """What the front end needs of the engine. `send` may be called from any thread and never blocks."""
+    """What the front end needs of the engine. `send` never blocks."""
 
     def send(self, command: Command, /) -> None: ...
 
 
 class EngineFrontEnd:
-    """Sends commands, spreads answers. Every method but `post` belongs to the event loop."""
+    """Sends commands, spreads answers. Belongs to the event loop."""
 
     def __init__(
         self, port: EnginePort, loop: asyncio.AbstractEventLoop, metrics: Metrics, *, stream_queue_tokens: int
@@ -64,19 +69,8 @@ class EngineFrontEnd:
         self._ends = StreamEnds(self._end_output, self._release)
         self._loads: defaultdict[str, list[asyncio.Future[Loaded]]] = defaultdict(list)
         self._reports: dict[int, asyncio.Future[ResidencyReport]] = {}
+        self._checks: dict[int, asyncio.Future[CheckedAdapter]] = {}
         self._dead_of: ChorusError | None = None
-        # The step thread's own.
-        self._held: list[StepEvents] = []
-        self._posted_at = 0.0
-
-    def post(self, events: StepEvents) -> None:
-        """The engine's `on_events`: called on the step thread, once a step. Holds what can wait; see `pacing`."""
-        self._held.append(events)
-        if events.at - self._posted_at < pace(len(self._streams)) and not self._is_urgent(events):
-            return
-        held, self._held = self._held, []
-        self._posted_at = events.at
-        self._loop.call_soon_threadsafe(self._deliver_all, held)
 
     @property
     def streams_open(self) -> int:
@@ -139,11 +133,23 @@ class EngineFrontEnd:
         finally:
             self._reports.pop(query_id, None)
 
-    def deliver(self, step: StepEvents) -> None:
-        """Spreads one step's events."""
-        for event in step.events:
-            self._dispatch(event, step.at)
-        self._metrics.step(step)
+    async def check(self, folder: Path) -> CheckedAdapter:
+        """What the adapter in a folder is. Raises what `adapters.checks.check` raises."""
+        check_id = next(self._ids)
+        future: asyncio.Future[CheckedAdapter] = self._loop.create_future()
+        self._checks[check_id] = future
+        try:
+            self._send(Check(check_id, str(folder)))
+            return await future
+        finally:
+            self._checks.pop(check_id, None)
+
+    def deliver(self, steps: Iterable[StepEvents]) -> None:
+        """Spreads the events of some of the engine's turns."""
+        for step in steps:
+            for event in step.events:
+                self._dispatch(event, step.at)
+            self._metrics.step(step)
 
     def fail_streams(self, error: ChorusError) -> None:
         """Ends every stream with `error`."""
@@ -155,7 +161,7 @@ class EngineFrontEnd:
         """The engine is gone: ends every stream and every wait with `error`, and refuses what comes later."""
         self._dead_of = error
         self.fail_streams(error)
-        waiting: list[asyncio.Future[Loaded] | asyncio.Future[ResidencyReport]] = [*self._reports.values()]
+        waiting: list[asyncio.Future[Any]] = [*self._reports.values(), *self._checks.values()]
         for futures in self._loads.values():
             waiting.extend(futures)
         for future in waiting:
@@ -172,6 +178,12 @@ class EngineFrontEnd:
             case Failed():
                 if stream := self._streams.pop(event.request_id, None):
                     stream.fail(_error(event), now)
+            case _:
+                self._on_answer(event)
+
+    def _on_answer(self, event: Answer) -> None:
+        """What somebody waits for who has no stream."""
+        match event:
             case Loaded():
                 self._metrics.adapter_loaded(event.seconds_by_stage)
                 for future in _open(self._loads.pop(event.digest, ())):
@@ -182,6 +194,12 @@ class EngineFrontEnd:
             case ResidencyReport():
                 for report in _open(filter(None, [self._reports.get(event.query_id)])):
                     report.set_result(event)
+            case Checked() | CheckFailed():
+                for checked in _open(filter(None, [self._checks.get(event.check_id)])):
+                    if isinstance(event, Checked):
+                        checked.set_result(event.adapter)
+                    else:
+                        checked.set_exception(_error(event))
 
     def _on_tokens(self, event: Tokens, now: float) -> None:
         stream = self._streams.get(event.request_id)
@@ -192,21 +210,6 @@ class EngineFrontEnd:
             self._fail(stream, ResourceExhausted(text, reason="SLOW_READER", retry_after_s=1.0), now)
         elif stream.over:
             del self._streams[event.request_id]
-
-    def _deliver_all(self, steps: list[StepEvents]) -> None:
-        for step in steps:
-            self.deliver(step)
-
-    def _is_urgent(self, step: StepEvents) -> bool:
-        """Whether anybody minds waiting for the next step. If nothing runs there may be none."""
-        return not step.ran or not step.stats.running or any(map(self._is_awaited, step.events))
-
-    def _is_awaited(self, event: Event) -> bool:
-        """Anything but tokens in the middle of an answer. Asked on the step thread."""
-        if not isinstance(event, Tokens):
-            return True
-        stream = self._streams.get(event.request_id)
-        return event.finish is not None or stream is None or stream.first_token_at is None
 
     def _fail(self, stream: TokenStream, error: ChorusError, now: float) -> None:
         """Ends a stream that the engine still works on."""
@@ -250,6 +253,8 @@ def _open(futures: Iterable[asyncio.Future[T]]) -> list[asyncio.Future[T]]:
     return [future for future in futures if not future.done()]
 
 
-def _error(event: Failed | LoadFailed) -> ChorusError:
+def _error(event: Failed | LoadFailed | CheckFailed) -> ChorusError:
     kind = BY_CODE.get(event.code, InternalError)
-    return kind(event.message, reason=event.reason, retry_after_s=event.retry_after_s)
+    fields = event.violations if isinstance(event, CheckFailed) else ()
+    violations = [FieldViolation(*pair) for pair in fields]
+    return kind(event.message, reason=event.reason, retry_after_s=event.retry_after_s, violations=violations)

@@ -1,10 +1,9 @@
-"""`serve`: loads the base, runs the server until it is drained, minds the signals.
+"""`serve`: starts the engine's process, which loads the base, runs the server until it is drained, minds the signals.
 
 Imports what is heavy only inside `serve`, once a signal ends the process properly.
 """
 
 import asyncio
-import dataclasses
 import logging
 import os
 import signal
@@ -17,7 +16,9 @@ from chorus.config import ServerConfig
 
 if TYPE_CHECKING:
     from chorus.engine.memory import MemoryPlan
-    from chorus.services.assembly import ChorusServer, Endpoints, MakeEngine, ServedBase
+    from chorus.engine.wire import Ready
+    from chorus.services.assembly import ChorusServer, Endpoints
+    from chorus.services.engine_process import EngineProcess
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +41,18 @@ def serve(config: ServerConfig, *, on_ready: Callable[["Endpoints", "MemoryPlan"
         check_port(config.host, port, flag)
     check_port(config.host, config.metrics_port, "--metrics-port")
     log.debug("loading the base model")
-    served, make_engine, memory = _load(config)
-    logs.adopt_others()
-    return asyncio.run(_run(config, served, make_engine, lambda endpoints: on_ready(endpoints, memory)))
+    from chorus.services.engine_process import EngineProcess
+
+    engine = EngineProcess(config)
+    try:
+        # What is slow to import is imported while the engine loads.
+        import chorus.services.assembly  # noqa: F401
+
+        ready = engine.load()
+        log.info("the engine is process %d", engine.pid)
+        return asyncio.run(_run(config, engine, ready, on_ready))
+    finally:
+        engine.stop()
 
 
 def _end_at_once(signum: int, frame: FrameType | None) -> None:
@@ -55,54 +65,24 @@ def _end_at_once(signum: int, frame: FrameType | None) -> None:
     os._exit(EXIT_INTERRUPTED if signum == signal.SIGINT else 0)
 
 
-def _load(config: ServerConfig) -> tuple["ServedBase", "MakeEngine", "MemoryPlan"]:
-    import torch
-
-    from chorus.engine.engine import Engine
-    from chorus.engine.memory import plan_memory
-    from chorus.engine.thread import EngineThread
-    from chorus.models.base import load_base
-    from chorus.models.digest_cache import DigestCache
-    from chorus.services.assembly import ServedBase
-
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    base = load_base(
-        config.model,
-        device=config.device,
-        dtype=config.dtype,
-        load_format=config.load_format,
-        digests=DigestCache(config.state_dir / "base-digests.json"),
-    )
-    memory = plan_memory(base, config)
-
-    def build(wake: Callable[[], None]) -> Engine:
-        return Engine(
-            base,
-            memory,
-            max_rank=config.max_rank,
-            max_rows=config.max_rows,
-            max_step_tokens=config.max_step_tokens,
-            max_queue=config.max_queue,
-            on_ready=wake,
-        )
-
-    facts = dataclasses.replace(base.facts, context_length=memory.context_length)
-    served = ServedBase(facts, base.tokenizer, base.sites, base.weight)
-    return served, lambda on_events, on_death: EngineThread(build, on_events, on_death), memory
-
-
 async def _run(
-    config: ServerConfig, served: "ServedBase", make_engine: "MakeEngine", on_ready: Callable[["Endpoints"], None]
+    config: ServerConfig,
+    engine: "EngineProcess",
+    ready: "Ready",
+    on_ready: Callable[["Endpoints", "MemoryPlan"], None],
 ) -> int:
-    from chorus.services.assembly import ChorusServer
+    from chorus.models.checkpoint import base_folder
+    from chorus.models.tokenizer import load_tokenizer
+    from chorus.services.assembly import ChorusServer, ServedBase
 
-    server = ChorusServer(config, served, make_engine)
+    logs.adopt_others()
+    served = ServedBase(ready.facts, load_tokenizer(base_folder(config.model)))
+    server = ChorusServer(config, served, engine.attach)
     _on_signals(server)
     try:
         endpoints = await server.start()
         if not server.draining:
-            on_ready(endpoints)
+            on_ready(endpoints, ready.memory)
         return await server.until_drained()
     finally:
         await server.close()

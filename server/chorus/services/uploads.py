@@ -1,28 +1,23 @@
-"""Receives an adapter's files and checks them whole. Nothing is left of what fails.
+"""Receives an adapter's files. Nothing is left of what fails.
 
-    header ─> names and sizes ─> chunks into a temporary folder ─> read, lowered onto the base, digested
+    header ─> names and sizes ─> chunks into a temporary folder ─> (the engine checks them: `adapters.checks`)
 
-Files are written and checked on threads of their own; the event loop only moves chunks.
+Files are written on threads of their own; the event loop only moves chunks.
 """
 
 import asyncio
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from chorus.adapters import artifact as artifacts
-from chorus.adapters import chat_template, kinds
-from chorus.adapters.digest import version_digest
 from chorus.adapters.durable import disk_full_is_resource_exhausted
-from chorus.adapters.kinds import BaseWeight
 from chorus.admin.v1 import adapters_pb2
 from chorus.errors import DeadlineExceeded, InvalidArgument
-from chorus.models.sites import Site
 
 T = TypeVar("T")
 Requests = AsyncIterator[adapters_pb2.CreateAdapterVersionRequest]
@@ -32,39 +27,12 @@ STALLED_AFTER_S = 60.0
 _THREADS = 2
 
 
-@dataclass(frozen=True, slots=True)
-class CheckedUpload:
-    """A sound adapter that fits the base: what the registry keeps of it."""
-
-    digest: str
-    kind: str
-    max_rank: int
-    size_bytes: int
-    site_count: int
-    task: str
-    metrics: Mapping[str, float]
-    chat_template: str
-
-
 class Uploads:
-    """Temporary folders under `tmp`, and the threads that write and check."""
+    """Temporary folders under `tmp`, and the threads that write."""
 
-    def __init__(
-        self,
-        tmp: Path,
-        sites: Mapping[str, Site],
-        base_digest: str,
-        *,
-        max_rank: int,
-        max_bytes: int,
-        base_weight: BaseWeight | None = None,
-    ) -> None:
+    def __init__(self, tmp: Path, *, max_bytes: int) -> None:
         self._tmp = tmp
-        self._sites = sites
-        self._base_digest = base_digest
-        self._max_rank = max_rank
         self._max_bytes = max_bytes
-        self._base_weight = base_weight
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="upload")
 
     def close(self) -> None:
@@ -117,26 +85,6 @@ class Uploads:
         if left or await anext(chunks, b""):
             text = "the upload has more bytes than its header announced"
             raise InvalidArgument(text, reason="UPLOAD_TOO_LONG", field="chunk.data")
-
-    async def check(self, folder: Path) -> CheckedUpload:
-        """Reads the files and lowers them onto the base. Raises what `artifact.read` and `kinds.lower` raise."""
-        return await self._off_loop(self._check, folder)
-
-    def _check(self, folder: Path) -> CheckedUpload:
-        artifact = artifacts.read(folder)
-        artifacts.check_base(artifact, self._base_digest)
-        lowered = kinds.lower(artifact, self._sites, max_rank=self._max_rank, base_weight=self._base_weight)
-        template = artifact.task.chat_template if artifact.task else None
-        return CheckedUpload(
-            digest=version_digest(artifact, self._base_digest),
-            kind=lowered.kind,
-            max_rank=lowered.max_rank,
-            size_bytes=artifact.size_bytes,
-            site_count=lowered.site_count,
-            task=artifact.task.task if artifact.task else "",
-            metrics=dict(artifact.task.metrics) if artifact.task else {},
-            chat_template=chat_template.digest(template) if template else "",
-        )
 
     async def _off_loop(self, function: Callable[..., T], *args: object) -> T:
         """Runs it on an upload thread; even when cancelled, returns only when the thread is done with it."""

@@ -3,7 +3,9 @@
 `sampling` holds SamplingParams' part. Whether names exist, and what text becomes in tokens, is not known here.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from chorus.engine.messages import Sampling
 from chorus.errors import InvalidArgument

@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 THREADS_OF_A_STEP = """
-import sys, threading
+import socket, sys, threading
 from pathlib import Path
 from chorus.config import ServerConfig
-from chorus.services.server import _load
+from chorus.engine.process import _build
 
-_load(ServerConfig(threads=3, state_dir=Path(sys.argv[1])))
+_build(ServerConfig(threads=3, state_dir=Path(sys.argv[1])), socket.socket())
 import torch
 thread = threading.Thread(target=lambda: print(torch.get_num_threads()))
 thread.start()

@@ -1,0 +1,83 @@
+"""What cannot wait is told at once; tokens in the middle of many answers go together."""
+
+import pytest
+
+from chorus.engine.messages import Event, FinishReason, Loaded, StepEvents, StepStats, Tokens
+from chorus.engine.pacing import LONGEST_S, Pacer, pace
+
+STREAMS = 64
+
+
+class Line:
+    """A pacer behind an engine with many running requests, and its clock."""
+
+    def __init__(self) -> None:
+        self.posted: list[list[StepEvents]] = []
+        self.pacer = Pacer(lambda steps: self.posted.append(list(steps)))
+        self.now = 1000.0
+
+    def step(self, *events: Event, ran: bool = True, running: int = STREAMS, after: float = 0.001) -> None:
+        """One turn of the engine, `after` seconds after the one before."""
+        self.now += after
+        self.pacer.take(StepEvents(events, StepStats(running=running), ran=ran, at=self.now))
+
+    @property
+    def told(self) -> list[int]:
+        """The tokens of request 0 that were posted last, in order."""
+        events = [event for step in self.posted[-1] for event in step.events]
+        return [token for e in events if isinstance(e, Tokens) and e.request_id == 0 for token in e.token_ids]
+
+
+def everybody(token: int, *, first: bool = False) -> list[Event]:
+    return [Tokens(i, (token,), first=first) for i in range(STREAMS)]
+
+
+@pytest.fixture
+def line() -> Line:
+    """Every request has had its first token, just now."""
+    line = Line()
+    line.step(*everybody(5, first=True))
+    assert line.told == [5]
+    return line
+
+
+def test_tokens_in_the_middle_of_many_answers_come_together(line: Line) -> None:
+    line.step(*everybody(6))
+    line.step(*everybody(7))
+    assert len(line.posted) == 1
+    line.step(*everybody(8), after=pace(STREAMS))
+    assert len(line.posted) == 2
+    assert line.told == [6, 7, 8]
+
+
+def test_a_slow_engine_posts_every_step(line: Line) -> None:
+    line.step(*everybody(6), after=pace(STREAMS))
+    assert line.told == [6]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Tokens(3, (7,), FinishReason.LENGTH),
+        Tokens(99, (7,), first=True),
+        Tokens(3, (7,), index=1, first=True),
+        Loaded("d" * 64),
+    ],
+    ids=["an end", "a first token", "another output's first token", "no token"],
+)
+def test_what_cannot_wait_takes_all_along(line: Line, event: Event) -> None:
+    line.step(*everybody(6))
+    line.step(event)
+    assert line.told == [6]
+    assert line.posted[-1][-1].events == (event,)
+
+
+@pytest.mark.parametrize("ending", [{"ran": False}, {"running": 0}])
+def test_nothing_is_held_when_no_step_may_follow(line: Line, ending: dict[str, int]) -> None:
+    line.step(*everybody(6), **ending)  # type: ignore[arg-type]
+    assert line.told == [6]
+
+
+def test_the_pause_grows_with_the_streams_and_stays_short() -> None:
+    assert pace(1) < 0.002
+    assert pace(1) < pace(32) < pace(10_000) == LONGEST_S
