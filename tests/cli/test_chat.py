@@ -1,6 +1,10 @@
+import os
+import pty
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
@@ -120,3 +124,73 @@ def test_nobody_there_is_one_line_that_says_what_to_do() -> None:
     assert (done.returncode, done.stdout) == (1, "")
     [line] = done.stderr.splitlines()
     assert "chorus serve" in line
+
+
+class Terminal:
+    """A `chorus chat` that believes that it has a terminal."""
+
+    def __init__(self, command: list[str]) -> None:
+        self._master, slave = pty.openpty()
+        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+        os.close(slave)
+        self._seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def read_until(self, text: str) -> None:
+        while text not in self._seen:
+            self._seen += os.read(self._master, 4096).decode()
+        self._seen = self._seen.partition(text)[2]
+
+    def ctrl_c(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._master)
+
+
+@pytest.fixture
+def terminal(command: list[str]) -> Iterator[Terminal]:
+    terminal = Terminal(command)
+    terminal.read_until("base>")
+    yield terminal
+    terminal.close()
+
+
+def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_the_session(fake: FakeChorus, terminal: Terminal) -> None:
+    fake.answer("Inference.Generate", generate_pb2.GenerateResponse(token_ids=[1], text="endless"), fake.until_gone)
+    fake.answer("Inference.Generate", says("second"))
+    terminal.type("hi\n")
+    terminal.read_until("endless")
+    terminal.ctrl_c()
+    terminal.read_until("(stopped)")
+    terminal.read_until("base>")
+    terminal.type("go on\n")
+    terminal.read_until("second")
+    terminal.read_until("base>")
+    terminal.type("\x04")
+    assert terminal.process.wait(20) == 0
+    assert asked(fake)[1] == [("user", "hi"), ("assistant", "endless"), ("user", "go on")]
+
+
+def test_ctrl_c_at_any_moment_never_ends_the_session(fake: FakeChorus, terminal: Terminal) -> None:
+    """From before the question is read to after the answer has begun."""
+    endless = generate_pb2.GenerateResponse(token_ids=[1], text="endless")
+    fake.answer("Inference.Generate", endless, fake.until_gone, times=100)
+    for i in range(40):
+        terminal.type("hi\n")
+        terminal.read_until("hi")
+        time.sleep(i * 0.0005)
+        terminal.ctrl_c()
+        terminal.read_until(")")
+        terminal.read_until("base>")
+    time.sleep(0.3)
+    terminal.ctrl_c()  # the last question may have been read after its Ctrl-C
+    terminal.read_until(")")
+    terminal.read_until("base>")
+    terminal.type("\x04")
+    assert terminal.process.wait(20) == 0
+    assert len(asked(fake)) > 5

@@ -70,8 +70,10 @@ class FakeChorus(grpc.GenericRpcHandler):
         self._scripts[method].extend([items] * times)
 
     def until_gone(self, context: grpc.ServicerContext) -> None:
-        """An item of a script: waits for the client to leave, 10 s at most."""
-        self.gone.wait(10)
+        """An item of a script: waits for the caller of this very call to leave, 10 s at most."""
+        gone = threading.Event()
+        if context.add_callback(gone.set):
+            gone.wait(10)
 
     def calls_of(self, method: str) -> list[Call]:
         return [call for call in self.calls if call.method == method]

@@ -3,7 +3,7 @@
 import sys
 from contextlib import suppress
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from chorus.cli.options import (
     sampling,
     with_sampling_flags,
 )
+
+if TYPE_CHECKING:
+    from chorus.cli.dialogue import Dialogue
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -59,26 +62,28 @@ def chat(
         interactive = sys.stdin.isatty()
         if interactive:
             print(f"{model.name} at {server}; /help tells the commands, Ctrl-D leaves", file=sys.stderr)
-        failed = _talk(dialogue, interactive=interactive)
+            with dialogue.stopped_by_ctrl_c():
+                failed = _talk(dialogue, interactive=True)
+        else:
+            failed = _talk(dialogue, interactive=False)
     if failed and not interactive:
         raise typer.Exit(1)
 
 
-def _talk(dialogue: Any, *, interactive: bool) -> bool:
+def _talk(dialogue: "Dialogue", *, interactive: bool) -> bool:
     """Reads and answers lines until the end; tells whether any failed."""
     failed = False
     while True:
         try:
             line = _read(f"{dialogue.adapter or 'base'}> ", interactive=interactive)
+            if line is None or line.strip() == "/quit":
+                return failed
+            if line.strip():
+                failed = not dialogue.take(line.strip()) or failed
         except KeyboardInterrupt:
             if not interactive:
                 raise
             print("\n(Ctrl-D or /quit leaves)", file=sys.stderr)
-            continue
-        if line is None or line.strip() == "/quit":
-            return failed
-        if line.strip():
-            failed = not dialogue.take(line.strip()) or failed
 
 
 def _read(prompt: str, *, interactive: bool) -> str | None:

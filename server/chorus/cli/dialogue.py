@@ -34,9 +34,12 @@ class Dialogue:
         self._history: list[Message] = []
         # Found out by the first question to each adapter.
         self._plain = False
+        self._busy = self._stopped = False
+        self._answer: Stream | None = None
 
     def take(self, line: str) -> bool:
         """Does what a line asks for; False if it could not, which stderr then says in one line."""
+        self._busy, self._stopped = True, False
         try:
             if line.startswith("/"):
                 return self._command(line)
@@ -44,6 +47,28 @@ class Dialogue:
         except ChorusError as error:
             complain(describe(error))
             return False
+        finally:
+            self._busy = False
+
+    @contextmanager
+    def stopped_by_ctrl_c(self) -> Iterator[None]:
+        """Inside, Ctrl-C ends the answer under way and nothing else; where none is, it is a KeyboardInterrupt.
+
+        An exception in the middle of an answer could come up inside gRPC, and be lost there or end everything.
+        """
+
+        def stop(signum: int, frame: FrameType | None) -> None:
+            if not self._busy:
+                signal.default_int_handler(signum, frame)
+            self._stopped = True
+            if self._answer is not None:
+                self._answer.cancel()
+
+        before = signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def switch(self, name: str) -> None:
         """Lets another adapter answer; ChorusError, and no change, where there is none of that name."""
@@ -80,13 +105,15 @@ class Dialogue:
         text: list[str] = []
         try:
             try:
-                self._answer(text)
+                self._read_answer(text)
             except FailedPrecondition as error:
                 if error.reason != NO_TEMPLATE or self._plain:
                     raise
                 self._plain = True
                 _note("no chat template here: sending plain text, what was said joined line by line")
-                self._answer(text)
+                self._read_answer(text)
+            if self._stopped:
+                _note("(stopped)")
         finally:
             answer = "".join(text)
             if answer:
@@ -96,34 +123,23 @@ class Dialogue:
                 self._history.pop()
         return True
 
-    def _answer(self, text: list[str]) -> None:
+    def _read_answer(self, text: list[str]) -> None:
         """Streams the answer to stdout and into `text`."""
         system: list[Message] = [{"role": "system", "content": self._system}] if self._system else []
         said = [*system, *self._history]
         prompt = "\n".join(message["content"] for message in said) + "\n" if self._plain else said
-        with self._client.stream(prompt, adapter=self.adapter, **self._sampling) as answer, _stopped_by_ctrl_c(answer):
+        with self._client.stream(prompt, adapter=self.adapter, **self._sampling) as answer:
+            self._answer = answer
+            if self._stopped:  # before there was anything to cancel
+                answer.cancel()
             try:
                 for delta in answer:
                     text.append(delta.text)
                     print(delta.text, end="", flush=True)
             finally:
+                self._answer = None
                 if text:
                     print(flush=True)
-
-
-@contextmanager
-def _stopped_by_ctrl_c(answer: "Stream") -> Iterator[None]:
-    """Lets Ctrl-C end the answer only. An exception instead could come up inside gRPC, and be lost there."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        answer.cancel()
-        _note("(stopped)")
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _note(text: str) -> None:
