@@ -216,12 +216,14 @@ def test_show_tells_aliases_config_metrics_and_place(fake: FakeChorus, run: Run)
     stored = adapter_pb2.AdapterVersion()
     stored.CopyFrom(STORED)
     stored.site_count, stored.task, stored.metrics["validation_loss"] = 28, "generate", 0.25
+    stored.alpha, stored.target_modules[:] = 16, ["down_proj", "q_proj"]
     older = adapter_pb2.AdapterVersion(name="n", digest="cd" * 32, kind="LORA", create_time=Timestamp(seconds=0))
     fake.answer("Adapters.ListVersions", adapters_pb2.ListVersionsResponse(versions=[older, stored]))
     fake.answer("Adapters.GetResidency", RESIDENCY)
     result = run("adapters", "show", "acme/support", "--admin", fake.address)
     assert result.exit_code == 0
-    for said in (NAME, f"{DIGEST}  (live)", "LORA, rank 8, 28 target modules", "validation_loss 0.25", "not loaded"):
+    config = "LORA, rank 8, alpha 16, on 28 modules: down_proj, q_proj"
+    for said in (NAME, f"{DIGEST}  (live)", config, "validation_loss 0.25", "not loaded"):
         assert said in result.stdout
     assert "device, 1 requests running" in result.stdout
     assert result.stdout.index(DIGEST) < result.stdout.index("cd" * 32)

@@ -24,6 +24,7 @@ async def test_published_version_is_live_stored_and_described(rig: Rig) -> None:
     assert version.name == f"{X}/versions/{version.digest}"
     assert (version.kind, version.max_rank, version.site_count, version.pinned) == ("LORA", 4, 1, False)
     assert version.size_bytes == 2 * 4 * 16 * 4
+    assert (version.alpha, [*version.target_modules]) == (8.0, ["q_proj"])
     assert answer.adapter.aliases == {"live": version.digest}
     folder = rig.config.state_dir / "blobs" / "sha256" / version.digest[:2] / version.digest
     assert {file.name for file in folder.iterdir()} == set(lora_files())

@@ -120,6 +120,8 @@ class AdapterVersion(_message.Message):
     TASK_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    ALPHA_FIELD_NUMBER: _builtins.int
+    TARGET_MODULES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `tenants/{tenant}/adapters/{adapter}/versions/{digest}`."""
     digest: _builtins.str
@@ -138,11 +140,19 @@ class AdapterVersion(_message.Message):
     """From task.json: what the adapter was trained for; empty where unknown."""
     has_chat_template: _builtins.bool
     """It brings a chat template of its own, which lays out `messages` in place of the base's."""
+    alpha: _builtins.float
+    """LoRA's alpha: the update is scaled by alpha / rank, or alpha / sqrt(rank) for rsLoRA. 0 where the kind has none, and
+    for versions that were stored before it was kept.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """From task.json: measured at export, for example `validation_loss`."""
+
+    @_builtins.property
+    def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Last names of the modules that the adapter changes, for example `q_proj`, sorted; empty where they were not kept."""
 
     def __init__(
         self,
@@ -158,10 +168,12 @@ class AdapterVersion(_message.Message):
         task: _builtins.str = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         has_chat_template: _builtins.bool = ...,
+        alpha: _builtins.float = ...,
+        target_modules: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "digest", b"digest", "has_chat_template", b"has_chat_template", "kind", b"kind", "max_rank", b"max_rank", "metrics", b"metrics", "name", b"name", "pinned", b"pinned", "site_count", b"site_count", "size_bytes", b"size_bytes", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alpha", b"alpha", "create_time", b"create_time", "digest", b"digest", "has_chat_template", b"has_chat_template", "kind", b"kind", "max_rank", b"max_rank", "metrics", b"metrics", "name", b"name", "pinned", b"pinned", "site_count", b"site_count", "size_bytes", b"size_bytes", "target_modules", b"target_modules", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -43,6 +43,8 @@ def check(
         task=artifact.task.task if artifact.task else "",
         metrics=dict(artifact.task.metrics) if artifact.task else {},
         chat_template=chat_template.digest(template) if template else "",
+        alpha=artifact.config.lora_alpha,
+        target_modules=tuple(sorted({name.rpartition(".")[2] for name in lowered.low_rank})),
     )
 
 

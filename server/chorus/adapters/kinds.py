@@ -180,7 +180,9 @@ def _check_shapes(pair: LoraPair, site: Site, rank: int, max_rank: int) -> None:
             )
     if rank > max_rank:
         raise FailedPrecondition(
-            f"{quote(site.name, 200)}: rank {rank} is over this server's limit of {max_rank}", reason="RANK_OVER_LIMIT"
+            f"{quote(site.name, 200)}: rank {rank} is over this server's limit of {max_rank}; "
+            "train a smaller one, or serve with a larger --max-rank",
+            reason="RANK_OVER_LIMIT",
         )
 
 

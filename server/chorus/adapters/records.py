@@ -21,7 +21,8 @@ class VersionRecord:
 
     `task` and `metrics` come from the task card. `request_id` is that of the upload that made the version, or "".
     `base_digest` is the base it was made for, "" in records of servers that did not keep it. `chat_template` is the
-    SHA-256 of the adapter's own chat template, "" where it has none.
+    SHA-256 of the adapter's own chat template, "" where it has none. `alpha` is 0 and `target_modules` empty in records
+    of servers that did not keep them.
     """
 
     digest: str
@@ -36,6 +37,8 @@ class VersionRecord:
     request_id: str = ""
     base_digest: str = ""
     chat_template: str = ""
+    alpha: float = 0.0
+    target_modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,8 @@ class CheckedAdapter:
     task: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     chat_template: str = ""
+    alpha: float = 0.0
+    target_modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ def print_facts(adapter: dict[str, Any]) -> None:
 def _version_rows(version: dict[str, Any]) -> list[tuple[str, object]]:
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in version["metrics"].items())
     return [
-        ("config", f"{version['kind']}, rank {version['max_rank']}, {version['site_count']} target modules"),
+        ("config", _config(version)),
         ("size", mebibytes(version["size_bytes"])),
         ("task", version["task"] or "not said"),
         ("metrics", metrics or "none"),
@@ -49,6 +49,12 @@ def _version_rows(version: dict[str, Any]) -> list[tuple[str, object]]:
         ("pinned", "yes" if version["pinned"] else "no"),
         ("created", f"{version['create_time']:%Y-%m-%d %H:%M}"),
     ]
+
+
+def _config(version: dict[str, Any]) -> str:
+    alpha = f", alpha {version['alpha']:g}" if version["alpha"] else ""
+    names = f": {', '.join(version['target_modules'])}" if version["target_modules"] else ""
+    return f"{version['kind']}, rank {version['max_rank']}{alpha}, on {version['site_count']} modules{names}"
 
 
 def _place(residency: dict[str, Any] | None) -> str:

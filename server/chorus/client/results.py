@@ -163,6 +163,8 @@ class AdapterVersion:
     task: str
     metrics: dict[str, float]
     has_chat_template: bool = False
+    alpha: float = 0.0
+    target_modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,8 @@ def version(pb: adapter_pb2.AdapterVersion) -> AdapterVersion:
         task=pb.task,
         metrics=dict(sorted(pb.metrics.items())),
         has_chat_template=pb.has_chat_template,
+        alpha=pb.alpha,
+        target_modules=tuple(pb.target_modules),
     )
 
 

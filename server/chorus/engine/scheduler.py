@@ -203,7 +203,10 @@ class Scheduler:
             message = f"{outputs} outputs do not fit into the queue, which holds {self._max_queue}; ask for fewer"
             raise FailedPrecondition(message, reason="QUEUE_TOO_SMALL")
         if self.waiting + outputs > self._max_queue:
-            message = f"the queue holds {self._max_queue} and {self.waiting} are waiting: no room for {outputs} more"
+            message = (
+                f"the queue holds {self._max_queue} and {self.waiting} are waiting: no room for {outputs} more; "
+                "try again later, or another server"
+            )
             raise ResourceExhausted(message, reason="QUEUE_FULL", retry_after_s=QUEUE_RETRY_S)
 
     def _plan_decodes(self, running: list[Sequence], plan: Plan, now: float) -> None:

@@ -169,6 +169,8 @@ class Catalog:
             request_id=request_id,
             base_digest=self._base_digest,
             chat_template=upload.chat_template,
+            alpha=upload.alpha,
+            target_modules=upload.target_modules,
         )
         failpoints.hit("publish.checked")
         with self._registry.lease(upload.digest):

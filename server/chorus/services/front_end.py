@@ -206,7 +206,10 @@ class EngineFrontEnd:
         if stream is None:
             return
         if not stream.push(event, now):
-            text = f"the stream was read too slowly: more than {self._queue_tokens} tokens were waiting"
+            text = (
+                f"the stream was read too slowly: more than {self._queue_tokens} tokens were waiting; "
+                "read faster, or ask for fewer tokens at a time"
+            )
             self._fail(stream, ResourceExhausted(text, reason="SLOW_READER", retry_after_s=1.0), now)
         elif stream.over:
             del self._streams[event.request_id]

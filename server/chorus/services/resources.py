@@ -32,6 +32,8 @@ def version_message(name: AdapterName, version: VersionRecord) -> adapter_pb2.Ad
         task=version.task,
         metrics=version.metrics,
         has_chat_template=bool(version.chat_template),
+        alpha=version.alpha,
+        target_modules=version.target_modules,
     )
 
 
