@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := kernels server trainer benchmarks tests
 PROTOS := $(shell find protos -name '*.proto' | LC_ALL=C sort)
 
-.PHONY: demo test lint types protos protos-check bench gpu setup clean
+.PHONY: demo test lint types protos protos-check kernels-compile bench gpu setup clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/chorus demo
@@ -33,6 +33,10 @@ protos: setup
 # The committed stubs are what the protos generate.
 protos-check: protos
 	@test -z "$$(git status --porcelain -- protos)" || { git status --short -- protos; echo "stubs are stale: run make protos and commit"; exit 1; }
+
+# Every Triton kernel for four GPUs, without one: fails on a spill, on too much shared memory, on a dot left to FMA.
+kernels-compile: setup
+	$(BIN)/python -m chorus.kernels.compile_report --json
 
 bench: setup
 	$(BIN)/python benchmarks/engine.py --json

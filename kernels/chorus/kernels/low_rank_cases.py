@@ -1,0 +1,73 @@
+"""What the kernels of `low_rank` are compiled with, without a GPU: every row of the tuning tables that can be met."""
+
+from collections.abc import Iterable, Iterator
+from itertools import product
+
+import torch
+
+from chorus.kernels import triton_low_rank as kernels
+from chorus.kernels.compile_case import TRITON_TYPES, CompileCase
+from chorus.kernels.tuning import (
+    EXPAND_RULES,
+    SHRINK_RULES,
+    Family,
+    LowRankTiles,
+    block_rows,
+    low_rank_tiles,
+    rank_blocks,
+)
+
+TYPES = (torch.bfloat16, torch.float16, torch.float32)
+_ANY_WIDTH = 1 << 20
+
+
+def compile_cases(arch: str) -> Iterator[CompileCase]:
+    """Both kernels of every family at every width where a rule ends, and at the odd width below it."""
+    widths_in = _widths(r.k_up_to for r in SHRINK_RULES)
+    widths_out = _widths(r.n_up_to for r in EXPAND_RULES)
+    cases: dict[str, CompileCase] = {}
+    for family, dtype, k, n in product(Family, TYPES, widths_in, widths_out):
+        tiles = low_rank_tiles(family, k, n, dtype, arch)
+        for block in rank_blocks(family):
+            for case in (_shrink_case(family, dtype, block, tiles, k), _expand_case(family, dtype, block, tiles, n)):
+                cases[f"{case.name} {case.configuration}"] = case
+    yield from (cases[key] for key in sorted(cases))
+
+
+def _widths(limits: Iterable[int | None]) -> list[int]:
+    whole = {limit or _ANY_WIDTH for limit in limits}
+    return sorted(whole | {width - 1 for width in whole})
+
+
+def _shrink_case(family: Family, dtype: torch.dtype, block: int, tiles: LowRankTiles, width: int) -> CompileCase:
+    value = f"*{TRITON_TYPES[dtype]}"
+    sizes = {"x_rows": "i32", "pool_rows": "i32", "K": "i32", "columns": "i32", "split_stride": "i32"}
+    pointers = {"x_ptr": value, "a_ptr": value, "scale_ptr": "*fp32", "partial_ptr": "*fp32"}
+    tables = {"tiles_ptr": "*i32", "pages_ptr": "*i32"}
+    rows = {} if family is Family.ROWS else {"BLOCK_M": block_rows(family)}
+    return CompileCase(
+        kernel=kernels.shrink_rows if family is Family.ROWS else kernels.shrink_tiles,
+        signature=pointers | tables | sizes,
+        constants=rows | {"BLOCK_R": block, "BLOCK_K": tiles.block_k, "SPLIT_K": tiles.split_k},
+        warps=tiles.shrink_warps,
+        stages=tiles.shrink_stages,
+        aligned=frozenset({*pointers, *tables, "columns", "split_stride", *(["K"] if width % 16 == 0 else [])}),
+        expects_dot=family is not Family.ROWS and dtype is not torch.float32,
+    )
+
+
+def _expand_case(family: Family, dtype: torch.dtype, block: int, tiles: LowRankTiles, width: int) -> CompileCase:
+    value = f"*{TRITON_TYPES[dtype]}"
+    sizes = {"y_rows": "i32", "pool_rows": "i32", "N": "i32", "columns": "i32", "split_stride": "i32"}
+    pointers = {"y_ptr": value, "b_ptr": value, "partial_ptr": "*fp32"}
+    tables = {"tiles_ptr": "*i32", "pages_ptr": "*i32"}
+    rows = {} if family is Family.ROWS else {"BLOCK_M": block_rows(family)}
+    return CompileCase(
+        kernel=kernels.expand_rows if family is Family.ROWS else kernels.expand_tiles,
+        signature=pointers | tables | sizes,
+        constants=rows | {"BLOCK_R": block, "BLOCK_N": tiles.block_n, "SPLIT_K": tiles.split_k},
+        warps=tiles.expand_warps,
+        stages=tiles.expand_stages,
+        aligned=frozenset({*pointers, *tables, "columns", "split_stride", *(["N"] if width % 16 == 0 else [])}),
+        expects_dot=family is not Family.ROWS and dtype is not torch.float32,
+    )

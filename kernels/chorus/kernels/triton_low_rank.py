@@ -1,0 +1,155 @@
+"""The Triton kernels of `low_rank`: shrink (s = mid_scale * x A^T) and expand (y += s B), and their launches.
+
+A launch covers every tile of one family (`tuning.Family`); what a tile is comes from the tables that
+`low_rank_tables` builds on the host. Between the two kernels lie partial sums, [SPLIT_K, T, columns] float32: the
+shrink's programs of one tile share K among them, the expand adds their sums in the order of the splits. No atomics, so
+equal inputs give equal bits.
+
+Rank rows come in whole pages of 8. A page that a tile does not have is masked whole: nothing of it is read, and loads
+along K and N stay vectors. Rows of a last page past the rank may hold any finite numbers: 0 stands for their sums.
+
+float32 takes input_precision="ieee": tf32 would be 1e-3 off.
+"""
+# Triton's language is not typed: annotations inside kernels name constants, no more.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, type-arg, valid-type"
+
+import triton
+import triton.language as tl
+
+PAGE_ROWS = tl.constexpr(8)
+TILE_FIELDS = tl.constexpr(5)
+
+
+@triton.jit
+def _tile(tiles_ptr):
+    """Tile number pid 0: row, rows, its first entry in the page table, rank lanes, its first column of s."""
+    at = tiles_ptr + tl.program_id(0) * TILE_FIELDS
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
+
+
+@triton.jit
+def _pool_rows(pages_ptr, first_page, lane, rank, pool_rows):
+    """For rank lanes [R]: their pool rows (int64), and True for each lane of a page that there is."""
+    page_of_lane = lane // PAGE_ROWS
+    held = page_of_lane * PAGE_ROWS < rank
+    page = tl.load(pages_ptr + first_page + page_of_lane, mask=held, other=0)
+    tl.device_assert((page >= 0) & (page * PAGE_ROWS < pool_rows), "a page lies outside of the pool")
+    return page.to(tl.int64) * PAGE_ROWS + lane % PAGE_ROWS, held
+
+
+@triton.jit(do_not_specialize=["x_rows", "pool_rows"])
+def shrink_rows(
+    x_ptr, a_ptr, scale_ptr, partial_ptr, tiles_ptr, pages_ptr, x_rows, pool_rows, K, columns, split_stride,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """partial[split, row] = mid_scale * sum over the split's k of x[row, k] A[:, k]. Grid (tiles, SPLIT_K)."""
+    row, rows, first_page, rank, column = _tile(tiles_ptr)
+    if rows == 0:
+        return
+    tl.device_assert(row < x_rows, "a tile lies outside of x")
+    split = tl.program_id(1)
+    lane = tl.arange(0, BLOCK_R)  # [R]
+    pool_row, held = _pool_rows(pages_ptr, first_page, lane, rank, pool_rows)
+    x_row_ptr = x_ptr + row.to(tl.int64) * K
+    a_rows_ptr = a_ptr + pool_row * K  # [R]
+    span = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+    sums = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    for start in range(split * span, tl.minimum((split + 1) * span, K), BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)  # [K]
+        x = tl.load(x_row_ptr + k, mask=k < K, other=0.0).to(tl.float32)  # [K]
+        a = tl.load(a_rows_ptr[:, None] + k[None, :], mask=held[:, None] & (k < K)[None, :], other=0.0)  # [R, K]
+        sums += a.to(tl.float32) * x[None, :]
+    scale = tl.load(scale_ptr + pool_row, mask=held, other=0.0)  # [R]
+    value = tl.where(lane < rank, tl.sum(sums, axis=1) * scale, 0.0)
+    out_ptr = partial_ptr + split.to(tl.int64) * split_stride + row.to(tl.int64) * columns
+    tl.store(out_ptr + column + lane, value)
+
+
+@triton.jit(do_not_specialize=["x_rows", "pool_rows"])
+def shrink_tiles(
+    x_ptr, a_ptr, scale_ptr, partial_ptr, tiles_ptr, pages_ptr, x_rows, pool_rows, K, columns, split_stride,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """`shrink_rows` for tiles of up to BLOCK_M rows of one segment, on matrix instructions. Grid (tiles, SPLIT_K)."""
+    row, rows, first_page, rank, column = _tile(tiles_ptr)
+    if rows == 0:
+        return
+    tl.device_assert(row + rows <= x_rows, "a tile lies outside of x")
+    split = tl.program_id(1)
+    lane = tl.arange(0, BLOCK_R)  # [R]
+    pool_row, held = _pool_rows(pages_ptr, first_page, lane, rank, pool_rows)
+    m = tl.arange(0, BLOCK_M)  # [M]
+    present = m < rows
+    batch_row = row.to(tl.int64) + m
+    span = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+    sums = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    for start in range(split * span, tl.minimum((split + 1) * span, K), BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)  # [K]
+        x_at = x_ptr + batch_row[:, None] * K + k[None, :]
+        x = tl.load(x_at, mask=present[:, None] & (k < K)[None, :], other=0.0)  # [M, K]
+        a_at = a_ptr + pool_row[None, :] * K + k[:, None]
+        a = tl.load(a_at, mask=held[None, :] & (k < K)[:, None], other=0.0)  # [K, R]
+        sums = tl.dot(x, a, sums, input_precision="ieee")
+    scale = tl.load(scale_ptr + pool_row, mask=held, other=0.0)  # [R]
+    value = tl.where((lane < rank)[None, :], sums * scale[None, :], 0.0)  # [M, R]
+    out_ptr = partial_ptr + split.to(tl.int64) * split_stride + batch_row * columns  # [M]
+    tl.store(out_ptr[:, None] + column + lane[None, :], value, mask=present[:, None])
+
+
+@triton.jit(do_not_specialize=["y_rows", "pool_rows"])
+def expand_rows(
+    y_ptr, b_ptr, partial_ptr, tiles_ptr, pages_ptr, y_rows, pool_rows, N, columns, split_stride,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """y[row] += (sum over splits of partial[split, row]) B, rounded once. Grid (tiles, N / BLOCK_N)."""
+    row, rows, first_page, rank, column = _tile(tiles_ptr)
+    if rows == 0:
+        return
+    tl.device_assert(row < y_rows, "a tile lies outside of y")
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
+    y_at = y_ptr + row.to(tl.int64) * N + n
+    base = tl.load(y_at, mask=n < N, other=0.0)  # asked for before the sums, so that it arrives meanwhile
+    split = tl.arange(0, SPLIT_K).to(tl.int64)
+    s_ptr = partial_ptr + split[:, None] * split_stride + row.to(tl.int64) * columns + column  # [S, 1]
+    sums = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(0, rank, BLOCK_R):
+        lane = first + tl.arange(0, BLOCK_R)  # [R]
+        pool_row, held = _pool_rows(pages_ptr, first_page, lane, rank, pool_rows)
+        s = tl.sum(tl.load(s_ptr + lane[None, :]), axis=0)  # [R]
+        b_at = b_ptr + pool_row[:, None] * N + n[None, :]
+        b = tl.load(b_at, mask=held[:, None] & (n < N)[None, :], other=0.0)  # [R, N]
+        sums += tl.sum(s[:, None] * b.to(tl.float32), axis=0)
+    tl.store(y_at, (base.to(tl.float32) + sums).to(y_ptr.dtype.element_ty), mask=n < N)
+
+
+@triton.jit(do_not_specialize=["y_rows", "pool_rows"])
+def expand_tiles(
+    y_ptr, b_ptr, partial_ptr, tiles_ptr, pages_ptr, y_rows, pool_rows, N, columns, split_stride,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr,
+):  # fmt: skip
+    """`expand_rows` for tiles of up to BLOCK_M rows of one segment. s is rounded to B's dtype for the dot."""
+    row, rows, first_page, rank, column = _tile(tiles_ptr)
+    if rows == 0:
+        return
+    tl.device_assert(row + rows <= y_rows, "a tile lies outside of y")
+    m = tl.arange(0, BLOCK_M)  # [M]
+    present = m < rows
+    batch_row = row.to(tl.int64) + m
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
+    inside = present[:, None] & (n < N)[None, :]
+    y_at = y_ptr + batch_row[:, None] * N + n[None, :]
+    base = tl.load(y_at, mask=inside, other=0.0)  # [M, N]
+    s_ptr = partial_ptr + batch_row[:, None] * columns + column  # [M, 1]
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for first in range(0, rank, BLOCK_R):
+        lane = first + tl.arange(0, BLOCK_R)  # [R]
+        pool_row, held = _pool_rows(pages_ptr, first_page, lane, rank, pool_rows)
+        s = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+        for split in tl.static_range(SPLIT_K):
+            s += tl.load(
+                s_ptr + split * tl.cast(split_stride, tl.int64) + lane[None, :], mask=present[:, None], other=0.0
+            )
+        b_at = b_ptr + pool_row[:, None] * N + n[None, :]
+        b = tl.load(b_at, mask=held[:, None] & (n < N)[None, :], other=0.0)  # [R, N]
+        sums = tl.dot(s.to(b.dtype), b, sums, input_precision="ieee")
+    tl.store(y_at, (base.to(tl.float32) + sums).to(y_ptr.dtype.element_ty), mask=inside)
