@@ -12,13 +12,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from chorus.errors import InvalidArgument
 from chorus.trainer.batches import IGNORED, Batch, collate, evaluation_batches, steps_per_epoch, training_batches
 from chorus.trainer.config import DataConfig
-from chorus.trainer.data import Encoded, Example, encode, load_dataset, read_examples, split
+from chorus.trainer.data import Encoded, Tokens, encode, load_dataset
+from chorus.trainer.examples import Example, read_examples, split
 
 EOS = 0
 
 encoded_examples = st.lists(
     st.builds(
-        lambda ids, cut: Encoded(tuple(ids), 1 + cut % (len(ids) - 1)),
+        lambda ids, cut: Encoded.after_prompt(tuple(ids), 1 + cut % (len(ids) - 1)),
         st.lists(st.integers(1, 99), min_size=2, max_size=12),
         st.integers(0, 100),
     ),
@@ -70,9 +71,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_ids_are_prompt_then_completion_then_eos(tokenizer: PreTrainedTokenizerBase) -> None:
     prompt, completion = "Message 1: I like", " green figs"
-    encoding = encode([Example(prompt, completion)], tokenizer, EOS, 64)
+    encoding = encode([Example(prompt, completion)], Tokens(tokenizer, EOS, 64))
     want_prompt, want_completion = tokenizer.encode(prompt), tokenizer.encode(completion)
-    assert encoding.examples == [Encoded((*want_prompt, *want_completion, EOS), len(want_prompt))]
+    assert encoding.examples == [Encoded.after_prompt((*want_prompt, *want_completion, EOS), len(want_prompt))]
     assert (encoding.truncated, encoding.dropped) == (0, 0)
 
 
@@ -82,14 +83,15 @@ def test_a_long_prompt_loses_its_beginning_and_a_long_completion_its_example(
     prompt, completion = tokenizer.encode("I like green figs. " * 3), tokenizer.encode(" blue")
     limit = len(completion) + 1 + 5
     encoding = encode(
-        [Example("I like green figs. " * 3, " blue"), Example("Reply:", " olives and so" * 20)], tokenizer, EOS, limit
+        [Example("I like green figs. " * 3, " blue"), Example("Reply:", " olives and so" * 20)],
+        Tokens(tokenizer, EOS, limit),
     )
-    assert encoding.examples == [Encoded((*prompt[-5:], *completion, EOS), 5)]
+    assert encoding.examples == [Encoded.after_prompt((*prompt[-5:], *completion, EOS), 5)]
     assert (encoding.truncated, encoding.dropped) == (1, 1)
 
 
 def test_a_truncated_prompt_keeps_its_bos(tokenizer: PreTrainedTokenizerBase) -> None:
-    encoding = encode([Example("<bos>" + "I like green figs. " * 3, " blue")], tokenizer, EOS, 10)
+    encoding = encode([Example("<bos>" + "I like green figs. " * 3, " blue")], Tokens(tokenizer, EOS, 10))
     (example,) = encoding.examples
     assert example.ids[0] == tokenizer.bos_token_id
     assert len(example.ids) == 10
@@ -100,7 +102,7 @@ def test_what_was_cut_dropped_or_shared_is_reported(tmp_path: Path, tokenizer: P
     fits, long_prompt, long_completion = ("a", " b"), ("x" * 50, " b"), ("c", "y" * 50)
     train.write_text("".join(jsonl(*pair) for pair in (fits, long_prompt, long_completion)))
     valid.write_text(jsonl(*fits) + jsonl("new", " b"))
-    dataset = load_dataset(DataConfig(train=train, validation=valid), tokenizer, EOS, 20, seed=0)
+    dataset = load_dataset(DataConfig(train=train, validation=valid), Tokens(tokenizer, EOS, 20), seed=0)
     report = dataset.report
     assert (report.train_examples, report.validation_examples) == (2, 2)
     assert (report.truncated, report.dropped, report.overlap) == (1, 1, 1)
@@ -115,7 +117,7 @@ def test_nothing_left_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerB
     path = tmp_path / "t.jsonl"
     path.write_text('{"prompt": "a", "completion": " and so and so and so"}\n')
     with pytest.raises(InvalidArgument, match=r"data\.max_length \(3 tokens\), nothing is left"):
-        load_dataset(DataConfig(train=path), tokenizer, EOS, 3, seed=0)
+        load_dataset(DataConfig(train=path), Tokens(tokenizer, EOS, 3), seed=0)
 
 
 def test_split_holds_out_whole_prompts_and_depends_on_the_seed_alone() -> None:
@@ -142,7 +144,7 @@ def test_every_target_is_the_next_token_of_a_completion(examples: list[Encoded])
             for column, target in zip(batch.columns.tolist(), batch.targets[row].tolist(), strict=True)
             if target != IGNORED
         }
-        assert found == {i: example.ids[i] for i in range(example.prompt_length, len(example.ids))}
+        assert found == {i: example.ids[i] for i in example.targets}
         assert tuple(batch.input_ids[row, : len(example.ids)].tolist()) == example.ids
     assert batch.target_tokens == int((batch.targets != IGNORED).sum())
 
@@ -157,7 +159,7 @@ def test_each_pass_sees_every_example_once(examples: list[Encoded], batch_size: 
 
 
 def test_order_depends_on_the_seed_and_the_pass() -> None:
-    examples = [Encoded((1, i + 2), 1) for i in range(32)]
+    examples = [Encoded.after_prompt((1, i + 2), 1) for i in range(32)]
 
     def passes(seed: int) -> list[list[int]]:
         batches = training_batches(examples, 4, 0, seed)
@@ -170,7 +172,7 @@ def test_order_depends_on_the_seed_and_the_pass() -> None:
 
 
 def test_batches_hold_similar_lengths() -> None:
-    examples = [Encoded(tuple(range(1, 3 + i % 50)), 1) for i in range(400)]
+    examples = [Encoded.after_prompt(tuple(range(1, 3 + i % 50)), 1) for i in range(400)]
     batches = training_batches(examples, 16, 0, seed=0)
     taken = [next(batches) for _ in range(25)]
     padding = sum(batch.input_ids.numel() - batch.tokens for batch in taken)
@@ -178,7 +180,7 @@ def test_batches_hold_similar_lengths() -> None:
 
 
 def test_evaluation_is_one_pass() -> None:
-    examples = [Encoded(tuple(range(1, 3 + i % 9)), 1) for i in range(20)]
+    examples = [Encoded.after_prompt(tuple(range(1, 3 + i % 9)), 1) for i in range(20)]
     rows = [row for batch in evaluation_batches(examples, 6, 0) for row in collated_rows(batch)]
     assert sorted(rows) == sorted(example.ids for example in examples)
 
@@ -190,5 +192,5 @@ def collated_rows(batch: Batch) -> list[tuple[int, ...]]:
 
 
 def test_batch_moves_whole() -> None:
-    batch = collate([Encoded((1, 2, 3), 1)], 0).to(torch.device("meta"))
+    batch = collate([Encoded.after_prompt((1, 2, 3), 1)], 0).to(torch.device("meta"))
     assert {batch.input_ids.device.type, batch.columns.device.type, batch.targets.device.type} == {"meta"}

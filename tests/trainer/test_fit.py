@@ -16,14 +16,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from chorus.errors import FailedPrecondition
 from chorus.trainer.batches import collate
 from chorus.trainer.config import TrainConfig
-from chorus.trainer.data import Encoded, read_examples
+from chorus.trainer.data import Encoded
+from chorus.trainer.examples import Example, read_examples
 from chorus.trainer.loop import train
 from chorus.trainer.metrics import completion_loss
 from chorus.trainer.records import EvalRecord, Record, StepRecord
 
 Change = Callable[..., TrainConfig]
 
-EXAMPLES = [Encoded((5, 6, 7, 8, 0), 3), Encoded((9, 10, 0), 1), Encoded((11, 12, 13, 14, 15, 16, 0), 6)]
+EXAMPLES = [
+    Encoded((5, 6, 7, 8, 0), (3, 4)),
+    Encoded((9, 10, 0), (1, 2)),
+    Encoded((11, 12, 13, 14, 15, 16, 0), (6,)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +58,7 @@ def mean_loss_over_file(model: Any, folder: Path, path: Path) -> float:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     total, count = 0.0, 0
     for example in read_examples(path, "data.validation"):
+        assert isinstance(example, Example)
         prompt, completion = tokenizer.encode(example.prompt), tokenizer.encode(example.completion)
         total += solo_loss(model, [*prompt, *completion, tokenizer.eos_token_id], len(prompt))
         count += len(completion) + 1
@@ -60,7 +66,7 @@ def mean_loss_over_file(model: Any, folder: Path, path: Path) -> float:
 
 
 def test_loss_equals_transformers_own_on_each_row_alone(base: PreTrainedModel) -> None:
-    want = sum(solo_loss(base, list(example.ids), example.prompt_length) for example in EXAMPLES)
+    want = sum(solo_loss(base, list(example.ids), example.targets[0]) for example in EXAMPLES)
     with torch.no_grad():
         got = float(completion_loss(base, collate(EXAMPLES, pad=3)))
     assert got == pytest.approx(want, rel=1e-5)
@@ -73,7 +79,7 @@ def test_prompt_tokens_are_no_targets(base: PreTrainedModel) -> None:
         log_p = base(input_ids=torch.tensor([example.ids])).logits[0].double().log_softmax(-1)
         got = float(completion_loss(base, collate([example], pad=0)))
     terms = [-float(log_p[i - 1, example.ids[i]]) for i in range(1, len(example.ids))]
-    assert got == pytest.approx(sum(terms[example.prompt_length - 1 :]), rel=1e-5)
+    assert got == pytest.approx(sum(terms[example.targets[0] - 1 :]), rel=1e-5)
     assert got != pytest.approx(sum(terms), rel=1e-2)
 
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from chorus.errors import InvalidArgument
 from chorus.trainer.config import TrainConfig, load_config
-from chorus.trainer.data import Example, read_examples
+from chorus.trainer.examples import Example, read_examples
 from chorus.trainer.loop import train
 from chorus.trainer.metrics import Validation
 from chorus.trainer.selection import Selection
@@ -56,7 +56,8 @@ def test_exact_match_is_what_greedy_decoding_gets_right(changed: Change, base_fo
     result = train(config, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
     model = tuned(base_folder, tmp_path / "out")
-    wanted = [(e.prompt, completion(tokenizer, e)) for e in read_examples(config.data.train, "data.train")]
+    examples = [e for e in read_examples(config.data.train, "data.train") if isinstance(e, Example)]
+    wanted = [(example.prompt, completion(tokenizer, example)) for example in examples]
     right = [greedy(model, tokenizer, prompt, len(ids)) == ids for prompt, ids in wanted]
     assert 0 < sum(right) < len(right)
     assert result.validation_exact_match == sum(right) / len(right)
@@ -70,6 +71,7 @@ def test_token_accuracy_counts_each_tokens_likeliest(changed: Change, base_folde
     right = []
     assert config.data.validation is not None
     for example in read_examples(config.data.validation, "data.validation"):
+        assert isinstance(example, Example)
         prompt, ids = tokenizer.encode(example.prompt), completion(tokenizer, example)
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]

@@ -23,7 +23,8 @@ EMBEDDED = "embedded"
 class Base:
     """A loaded base. `name` is safe to publish: a hub id or a folder's name, never a private path.
 
-    `eos` ends every completion, `pad` fills batches (any id will do: see `batches`), `context` is in tokens.
+    `eos` ends every completion, serving ends answers at any of `stops`, `pad` fills batches (any id will do: see
+    `batches`), `context` is in tokens.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Base:
     tokenizer_digest: str | None
     context: int | None
     eos: int
+    stops: frozenset[int]
     pad: int
 
 
@@ -50,7 +52,8 @@ def load_base(source: str | None, device: torch.device, dtype: torch.dtype) -> B
     tokenizer = _tokenizer(folder)
     module = read_module(folder, config, dtype)
     nn.Module.to(module, device).requires_grad_(False)
-    eos = _eos(module, tokenizer)
+    stops = _stops(module, tokenizer)
+    eos = tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]
     return Base(
         name=_public_name(source, folder),
         module=module,
@@ -59,6 +62,7 @@ def load_base(source: str | None, device: torch.device, dtype: torch.dtype) -> B
         tokenizer_digest=tokenizer_digest(folder),
         context=getattr(config.get_text_config(), "max_position_embeddings", None),
         eos=eos,
+        stops=frozenset(stops),
         pad=eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
 
@@ -91,20 +95,19 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _eos(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The tokenizer's EOS where serving stops at it (by generation config, else config), else serving's first."""
+def _stops(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Where serving ends an answer: by generation config, else config; else the tokenizer's EOS."""
     for owner in (module.generation_config, module.config):
         eos = getattr(owner, "eos_token_id", None)
         if eos is not None:
-            stops: list[int] = [eos] if isinstance(eos, int) else list(eos)
-            return tokenizer.eos_token_id if tokenizer.eos_token_id in stops else stops[0]
+            return [eos] if isinstance(eos, int) else list(eos)
     if tokenizer.eos_token_id is None:
         raise FailedPrecondition(
             "base: neither model nor tokenizer names an end-of-sequence token; completions could never end",
             reason="NO_EOS",
             field="base",
         )
-    return int(tokenizer.eos_token_id)
+    return [int(tokenizer.eos_token_id)]
 
 
 def _first_line(error: Exception) -> str:

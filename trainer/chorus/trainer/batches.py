@@ -52,13 +52,14 @@ def collate(examples: Sequence[Encoded], pad: int) -> Batch:
     for row, example in enumerate(examples):
         ids, size = torch.tensor(example.ids), len(example.ids)
         input_ids[row, :size] = ids
-        targets[row, example.prompt_length - 1 : size - 1] = ids[example.prompt_length :]
+        positions = torch.tensor(example.targets)
+        targets[row, positions - 1] = ids[positions]
     columns = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
     return Batch(
         input_ids=input_ids,
         columns=columns,
         targets=targets[:, columns],
-        target_tokens=sum(len(example.ids) - example.prompt_length for example in examples),
+        target_tokens=sum(len(example.targets) for example in examples),
         tokens=sum(len(example.ids) for example in examples),
     )
 

@@ -35,7 +35,7 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section):
-    """Where the examples are: JSONL files of {"prompt", "completion"}."""
+    """Where the examples are: JSONL files of {"prompt", "completion"} or of {"messages"}, and how they are laid out."""
 
     train: Path = Field(description="JSONL file to learn from.")
     validation: Path | None = Field(default=None, description="JSONL file to measure on; never learned from.")
@@ -49,6 +49,13 @@ class DataConfig(_Section):
         default=None,
         ge=2,
         description="Tokens of prompt, completion and EOS together; the base's context length if unset.",
+    )
+
+    chat_template: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=65536,
+        description="Lays messages out: a file's path, or jinja itself; the base's own if unset.",
     )
 
     @model_validator(mode="after")
@@ -214,9 +221,24 @@ def _resolve(config: TrainConfig, folder: Path) -> TrainConfig:
         update={
             "train": folder / config.data.train.expanduser(),
             "validation": config.data.validation and folder / config.data.validation.expanduser(),
+            "chat_template": _template(config.data.chat_template, folder),
         }
     )
     base = config.base
     if base is not None and (folder / Path(base).expanduser()).is_dir():
         base = str(folder / Path(base).expanduser())
     return config.model_copy(update={"data": data, "base": base})
+
+
+def _template(text: str | None, folder: Path) -> str | None:
+    """Jinja as it is, or what the file of that name holds: a path has no `{{` or `{%`."""
+    if text is None or "{{" in text or "{%" in text:
+        return text
+    path = folder / Path(text).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        why = error.strerror or str(error)
+    except ValueError:
+        why = "not UTF-8 text"
+    raise InvalidArgument(f"data.chat_template: {path}: {why}", reason="BAD_CONFIG", field="data.chat_template")

@@ -1,43 +1,38 @@
-"""From JSONL files to token ids with completion-only targets.
+"""From examples to token ids with targets, and what became of the data.
 
-Knows the file format, tokenisation and length limits. Does not know batches (`batches`) or the model.
+Knows tokenisation and length limits. Does not know files (`examples`), templates (`dialogues`), batches or the model.
 
     prompt ids                  completion ids   EOS
     |--- no target, no loss ---||--- targets -------|
 
 Prompt and completion are tokenised apart and then joined, because that is what serving does: the completion's tokens
-are generated after the prompt's, so no token ever spans the seam.
+are generated after the prompt's, so no token ever spans the seam. Of a dialogue, the assistant's turns are targets.
 """
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from chorus.errors import FailedPrecondition, InvalidArgument
 from chorus.trainer.config import DataConfig
-
-FIELDS = ("prompt", "completion")
-
-
-class Example(NamedTuple):
-    """A whole prompt, and the text that should follow it."""
-
-    prompt: str
-    completion: str
+from chorus.trainer.dialogues import ChatLayout, template_for
+from chorus.trainer.examples import AnyExample, Dialogue, Example, parse_examples, read_bytes, read_examples, split
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of prompt, completion and EOS; the loss is taken on ids[prompt_length:]."""
+    """Token ids, and the positions in them that the loss is taken on: in order, at least one, never 0."""
 
     ids: tuple[int, ...]
-    prompt_length: int
+    targets: tuple[int, ...]
+
+    @classmethod
+    def after_prompt(cls, ids: tuple[int, ...], prompt_length: int) -> "Encoded":
+        """One of which everything after the prompt is learned."""
+        return cls(ids, tuple(range(prompt_length, len(ids))))
 
 
 class Encoding(NamedTuple):
@@ -51,7 +46,8 @@ class Encoding(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class DataReport:
     """What became of the data. `truncated`: prompts cut from the left; `dropped`: completions too long to fit;
-    `overlap`: validation prompts that are also trained on. Counted over both sets."""
+    `overlap`: validation prompts (beginnings of dialogues) that are also trained on; `endless`: dialogues whose last
+    target is no token that the base stops at. Counted over both sets."""
 
     train_examples: int
     validation_examples: int
@@ -59,6 +55,7 @@ class DataReport:
     dropped: int
     overlap: int
     max_length: int
+    endless: int = 0
 
     def warnings(self) -> list[str]:
         """One line for each thing the model owner should know."""
@@ -67,125 +64,141 @@ class DataReport:
         if self.truncated:
             lines.append(f"{self.truncated} prompts were cut from the left to fit {limit}")
         if self.dropped:
-            lines.append(f"{self.dropped} examples were left out: their completions alone exceed {limit}")
+            lines.append(f"{self.dropped} examples were left out: what is learned of them alone exceeds {limit}")
         if self.overlap:
             lines.append(
                 f"{self.overlap} of {self.validation_examples} validation prompts are also in the training data"
+            )
+        if self.endless:
+            lines.append(
+                f"{self.endless} dialogues teach no end: what the chat template ends the assistant's last turn with "
+                "is no token that the base stops at"
             )
         return lines
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Encoded examples of both sets, the report, and the SHA-256 (hex) of the training file's bytes."""
+    """Encoded examples of both sets, the report, the SHA-256 (hex) of the training file's bytes, and the template that
+    laid dialogues out, None where there are none."""
 
     train: list[Encoded]
     validation: list[Encoded]
     report: DataReport
     digest: str
+    chat_template: str | None = None
 
 
-def load_dataset(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, eos: int, max_length: int, seed: int
-) -> Dataset:
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What encoding needs to know. `stops`: the ids at which the base's answers end; `eos` is put after completions."""
+
+    tokenizer: PreTrainedTokenizerBase
+    eos: int
+    max_length: int
+    stops: frozenset[int] = frozenset()
+
+
+def load_dataset(config: DataConfig, tokens: Tokens, seed: int) -> Dataset:
     """Reads, splits and encodes the examples; `seed` decides the split where `validation_fraction` asks for one.
 
     Raises:
-        InvalidArgument: an unreadable or empty file, a bad line, or nothing left to train or validate on.
+        InvalidArgument: an unreadable or empty file, a bad line, no chat template for dialogues or one that can not
+            lay them out, or nothing left to train or validate on.
     """
-    raw = _read_bytes(config.train, "data.train")
+    raw = read_bytes(config.train, "data.train")
     train = parse_examples(raw, config.train, "data.train")
-    validation: list[Example] = []
+    validation: list[AnyExample] = []
     if config.validation is not None:
         validation = read_examples(config.validation, "data.validation")
     elif config.validation_fraction is not None:
         train, validation = split(train, config.validation_fraction, seed)
-    learned = _encode_some(train, tokenizer, eos, max_length, "data.train")
-    measured = _encode_some(validation, tokenizer, eos, max_length, "data.validation")
-    trained_prompts = {example.prompt for example in train}
+    template = _template(config, tokens, [*train[:1], *validation[:1]])
+    layout = ChatLayout(template, tokens.tokenizer) if template is not None else None
+    learned = _encode_some(train, tokens, layout, "data.train")
+    measured = _encode_some(validation, tokens, layout, "data.validation")
+    beginnings = {example.beginning for example in train}
     report = DataReport(
         train_examples=len(learned.examples),
         validation_examples=len(measured.examples),
         truncated=learned.truncated + measured.truncated,
         dropped=learned.dropped + measured.dropped,
-        overlap=sum(example.prompt in trained_prompts for example in validation),
-        max_length=max_length,
+        overlap=sum(example.beginning in beginnings for example in validation),
+        max_length=tokens.max_length,
+        endless=_endless(train, learned, tokens) + _endless(validation, measured, tokens),
     )
-    return Dataset(learned.examples, measured.examples, report, hashlib.sha256(raw).hexdigest())
+    return Dataset(learned.examples, measured.examples, report, hashlib.sha256(raw).hexdigest(), template)
 
 
-def read_examples(path: Path, field: str) -> list[Example]:
-    """The examples of a JSONL file; `field` is the config key to blame.
+def encode(examples: Sequence[AnyExample], tokens: Tokens, layout: ChatLayout | None = None) -> Encoding:
+    """Tokenises; cuts an over-long prompt from the left (a BOS stays), never what is learned.
 
-    Raises:
-        InvalidArgument: naming the file, the line (from 1) and what is wrong with it.
+    An example whose targets, and what is between them, leave no room for one token before them is dropped and counted.
+    Dialogues need `layout`.
     """
-    return parse_examples(_read_bytes(path, field), path, field)
-
-
-def parse_examples(raw: bytes, path: Path, field: str) -> list[Example]:
-    """Like `read_examples`, from bytes in memory; `path` is for messages. Blank lines are skipped."""
-    examples = []
-    for number, line in enumerate(raw.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            examples.append(_parse_line(line))
-        except ValueError as error:
-            raise InvalidArgument(f"{path}:{number}: {error}", reason="BAD_DATA", field=field) from None
-    if not examples:
-        raise InvalidArgument(f"{path}: no examples in it", reason="BAD_DATA", field=field)
-    return examples
-
-
-def split(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Holds out `fraction` of the distinct prompts, so that no prompt is on both sides.
-
-    Raises:
-        InvalidArgument: nothing would be left to train on.
-    """
-    prompts = list(dict.fromkeys(example.prompt for example in examples))
-    count = max(1, round(len(prompts) * fraction))
-    if count >= len(prompts):
-        raise InvalidArgument(
-            f"data.validation_fraction: {fraction} of {len(prompts)} distinct prompts leaves nothing to train on",
-            reason="BAD_DATA",
-            field="data.validation_fraction",
-        )
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = {prompts[i] for i in order[:count]}
-    return [e for e in examples if e.prompt not in held_out], [e for e in examples if e.prompt in held_out]
-
-
-def encode(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, eos: int, max_length: int) -> Encoding:
-    """Tokenises; cuts an over-long prompt from the left (a BOS stays), never a completion.
-
-    An example whose completion and EOS leave no room for one prompt token is dropped and counted.
-    """
-    if not examples:
-        return Encoding([], 0, 0)
-    prompts = _token_ids(tokenizer, [example.prompt for example in examples], special=True)
-    completions = _token_ids(tokenizer, [example.completion for example in examples], special=False)
     kept, truncated, dropped = [], 0, 0
-    for prompt, completion in zip(prompts, completions, strict=True):
-        room = max_length - len(completion) - 1
-        if room < 1:
+    for whole in _whole(examples, tokens, layout):
+        fitting = _fitting(whole, tokens.max_length, tokens.tokenizer.bos_token_id)
+        if fitting is None:
             dropped += 1
             continue
-        head = prompt[:1] if prompt[0] == tokenizer.bos_token_id and room > 1 else []
-        fitting = prompt if len(prompt) <= room else head + prompt[len(prompt) - room + len(head) :]
-        truncated += len(prompt) > room
-        kept.append(Encoded((*fitting, *completion, eos), len(fitting)))
+        truncated += len(fitting.ids) < len(whole.ids)
+        kept.append(fitting)
     return Encoding(kept, truncated, dropped)
 
 
-def _encode_some(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, eos: int, max_length: int, field: str
-) -> Encoding:
-    encoding = encode(examples, tokenizer, eos, max_length)
+def _whole(examples: Sequence[AnyExample], tokens: Tokens, layout: ChatLayout | None) -> Iterator[Encoded]:
+    """The examples in tokens, as long as they are."""
+    dialogues = [example for example in examples if isinstance(example, Dialogue)]
+    if dialogues:
+        assert layout is not None
+        yield from (Encoded(*layout.encode(dialogue)) for dialogue in dialogues)
+    pairs = [example for example in examples if isinstance(example, Example)]
+    if pairs:
+        prompts = _token_ids(tokens.tokenizer, [pair.prompt for pair in pairs], special=True)
+        completions = _token_ids(tokens.tokenizer, [pair.completion for pair in pairs], special=False)
+        for prompt, completion in zip(prompts, completions, strict=True):
+            yield Encoded.after_prompt((*prompt, *completion, tokens.eos), len(prompt))
+
+
+def _fitting(whole: Encoded, max_length: int, bos: int | None) -> Encoded | None:
+    """`whole` with as much before its first target as fits; None where nothing does."""
+    ids, first = whole.ids, whole.targets[0]
+    room = max_length - (len(ids) - first)
+    if room < 1:
+        return None
+    if first <= room:
+        return whole
+    head = ids[:1] if ids[0] == bos and room > 1 else ()
+    shift = first - room
+    return Encoded((*head, *ids[shift + len(head) :]), tuple(position - shift for position in whole.targets))
+
+
+def _template(config: DataConfig, tokens: Tokens, firsts: Sequence[AnyExample]) -> str | None:
+    """The template, where any file holds dialogues; `firsts` are the files' first examples."""
+    if any(isinstance(example, Dialogue) for example in firsts):
+        return template_for(config.chat_template, tokens.tokenizer)
+    if config.chat_template is not None:
+        raise InvalidArgument(
+            "data.chat_template: is set, and no file holds messages; remove it",
+            reason="BAD_DATA",
+            field="data.chat_template",
+        )
+    return None
+
+
+def _endless(examples: Sequence[AnyExample], encoding: Encoding, tokens: Tokens) -> int:
+    if not examples or isinstance(examples[0], Example):
+        return 0
+    stops = tokens.stops | {tokens.eos}
+    return sum(example.ids[example.targets[-1]] not in stops for example in encoding.examples)
+
+
+def _encode_some(examples: Sequence[AnyExample], tokens: Tokens, layout: ChatLayout | None, field: str) -> Encoding:
+    encoding = encode(examples, tokens, layout)
     if examples and not encoding.examples:
         raise InvalidArgument(
-            f"{field}: every completion exceeds data.max_length ({max_length} tokens), nothing is left",
+            f"{field}: every completion exceeds data.max_length ({tokens.max_length} tokens), nothing is left",
             reason="BAD_DATA",
             field=field,
         )
@@ -197,33 +210,3 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special:
     if any(not row for row in ids):
         raise FailedPrecondition("the base's tokenizer turns a non-empty text into no tokens", reason="BAD_TOKENIZER")
     return ids
-
-
-def _read_bytes(path: Path, field: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InvalidArgument(f"{field}: {path}: {error.strerror or error}", reason="BAD_DATA", field=field) from None
-
-
-def _parse_line(line: bytes) -> Example:
-    try:
-        value: Any = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("not valid JSON: nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError('must be an object like {"prompt": "...", "completion": "..."}')
-    for name in FIELDS:
-        if name not in value:
-            raise ValueError(f'"{name}" is missing')
-        if not isinstance(value[name], str):
-            raise ValueError(f'"{name}" must be a string')
-        if not value[name]:
-            raise ValueError(f'"{name}" is empty')
-    if unknown := sorted(value.keys() - set(FIELDS)):
-        raise ValueError(f'unknown key "{unknown[0]}" (only "prompt" and "completion" are read)')
-    return Example(value["prompt"], value["completion"])

@@ -15,6 +15,7 @@ from pathlib import Path
 from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict
 from safetensors.torch import save
 
+from chorus.adapters import chat_template
 from chorus.adapters.artifact import TASK_FILE, TENSORS_FILE, TaskCard
 from chorus.errors import InvalidArgument
 from chorus.trainer.base import Base
@@ -72,6 +73,7 @@ def task_card(base: Base, task: TaskConfig, data: Dataset, metrics: Metrics) -> 
     return TaskCard(
         task=task.name,
         prompt_template=task.prompt_template,
+        chat_template=_servable(data.chat_template),
         max_length=data.report.max_length,
         base_digest=base.digest,
         tokenizer_digest=base.tokenizer_digest,
@@ -79,6 +81,17 @@ def task_card(base: Base, task: TaskConfig, data: Dataset, metrics: Metrics) -> 
         trainer_version=version("chorus-serve"),
         data_digest=data.digest,
     )
+
+
+def _servable(template: str | None) -> str | None:
+    """The template that the data was laid out by. A base's own that is not for uploads is left out: the server, which
+    refuses the adapter on another base, takes it from the base."""
+    try:
+        if template is not None:
+            chat_template.check(template, "chat_template")
+    except InvalidArgument:
+        return None
+    return template if template is None or 0 < len(template) <= chat_template.MAX_CHARS else None
 
 
 def flat_metrics(metrics: Metrics) -> dict[str, float]:

@@ -19,7 +19,7 @@ from chorus.trainer.base import Base, load_base
 from chorus.trainer.batches import steps_per_epoch
 from chorus.trainer.checkpoint import Checkpoints, checkpoint_path, identity
 from chorus.trainer.config import LoopConfig, TrainConfig
-from chorus.trainer.data import DataReport, Dataset, load_dataset
+from chorus.trainer.data import DataReport, Dataset, Tokens, load_dataset
 from chorus.trainer.export import staged, task_card, write_adapter
 from chorus.trainer.fit import Fitted, fit
 from chorus.trainer.interrupts import Interrupted, Stop
@@ -184,7 +184,8 @@ def _check_checkpoint(path: Path, *, wanted: bool) -> None:
 def set_up(config: TrainConfig, device: torch.device) -> Setup:
     """Loads the base, reads the data, attaches the adapter; to be called under `seeded`. Raises as `train` does."""
     base = load_base(config.base, device, getattr(torch, config.train.dtype))
-    data = load_dataset(config.data, base.tokenizer, base.eos, _max_length(config, base), config.train.seed)
+    tokens = Tokens(base.tokenizer, base.eos, _max_length(config, base), base.stops)
+    data = load_dataset(config.data, tokens, config.train.seed)
     base_parameters = base.module.num_parameters()
     model = attach_lora(base.module, config.lora)
     return Setup(base, base_parameters, model, data, _steps(config.train, len(data.train)))

@@ -123,9 +123,9 @@ def _peft(base: Base) -> str:
 
 
 def _settings(base: Base, config: TrainConfig) -> dict[str, object]:
-    """The config as it was used, with files' names in place of their paths."""
+    """The config as it was used, with files' names in place of their paths; a chat template is in task.json."""
     values: dict[str, object] = config.model_dump(mode="json", exclude_none=True)
-    data = config.data.model_dump(mode="json", exclude_none=True)
+    data = config.data.model_dump(mode="json", exclude_none=True, exclude={"chat_template"})
     paths = {"train": config.data.train, "validation": config.data.validation}
     return values | {"base": base.name, "data": data | {name: path.name for name, path in paths.items() if path}}
 
