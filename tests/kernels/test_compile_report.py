@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from chorus.kernels.compile_case import CompileCase
-from chorus.kernels.compile_report import MODULES, TARGETS, Compiled, cases_of, compile_case, main, summary
+from chorus.kernels.compile_report import MODULES, TARGETS, Compiled, build, cases_of, compile_case, main, summary
 
 BY_ARCH = {target.arch: target for target in TARGETS}
 
@@ -77,3 +77,16 @@ def test_one_configuration_of_each_kernel_passes(module: str) -> None:
     """All of them are what `make kernels-compile` is for."""
     for case in {case.name: case for case in cases_of(module, "sm90")}.values():
         assert not compile_case(case, BY_ARCH["sm90"]).failure
+
+
+def test_the_debug_switch_compiles_the_assertions_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    from chorus.kernels.low_rank_launch import launch_options
+
+    assert launch_options(4, 2)["debug"] is False
+    monkeypatch.setenv("CHORUS_KERNELS_DEBUG", "1")
+    assert launch_options(4, 2)["debug"] is True
+    case = cases_of("chorus.kernels.low_rank_cases", "sm90")[0]
+    plain, debug = (build(case, BY_ARCH["sm90"], debug=value).asm["ptx"] for value in (False, True))
+    assert "a page lies outside of the pool" not in plain
+    assert "__assertfail" not in plain
+    assert "__assertfail" in debug

@@ -68,8 +68,8 @@ class Compiled(NamedTuple):
     failure: str
 
 
-def compile_case(case: CompileCase, target: Target) -> Compiled:
-    """Compiles and judges one case. What the compiler refuses is a failure, not an exception."""
+def build(case: CompileCase, target: Target, *, debug: bool = False) -> Any:
+    """Triton's compiled kernel; with `debug` its device assertions are in it."""
     arguments = list(case.kernel.arg_names)
     source = ASTSource(
         case.kernel,
@@ -77,9 +77,14 @@ def compile_case(case: CompileCase, target: Target) -> Compiled:
         dict(case.constants),
         {(arguments.index(name),): [["tt.divisibility", 16]] for name in case.aligned},
     )
-    options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True}
+    options = {"num_warps": case.warps, "num_stages": case.stages, "enable_fp_fusion": True, "debug": debug}
+    return triton.compile(source, target=target.triton_target(), options=options)
+
+
+def compile_case(case: CompileCase, target: Target) -> Compiled:
+    """Compiles and judges one case. What the compiler refuses is a failure, not an exception."""
     try:
-        built = triton.compile(source, target=target.triton_target(), options=options)
+        built = build(case, target)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Compiled(case.name, case.configuration, target.arch, 0, 0, 0, "", f"does not compile: {reason}")

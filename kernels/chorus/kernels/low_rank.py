@@ -6,7 +6,9 @@ On CPU a batch is cut into pieces of three families, none of which loops over ad
 - `_MaskedPiece`: short segments of any rank: one GEMM over all their rank rows, what is another adapter's masked out;
 - `_LongPiece`: a segment with enough rows (prefill) to fill a GEMM of its own.
 
-Elsewhere the specification runs. The pieces of a batch are planned once and shared by all sites with the same rows.
+On CUDA the Triton kernels run (`triton_low_rank`), over tables that the plan puts on the device (`low_rank_tables`).
+Token ids as x, dtypes without a kernel and other devices take the specification. What a batch needs is planned once and
+shared by all sites with the same rows.
 """
 
 from collections.abc import Sequence
@@ -18,23 +20,50 @@ import torch
 from torch import Tensor
 
 from chorus.kernels import reference
+from chorus.kernels.low_rank_tables import Capacity, LowRankTables
 from chorus.kernels.types import LowRankSegment, RankPool
 
 # From this many rows on a segment gets GEMMs of its own. 2 cores, K = N = 1024, 4 segments of r 16, bf16:
 # own / masked = 1.9 at 8 rows, 1.0 at 32, 0.6 at 128.
 LONG_SEGMENT_ROWS = 32
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class LowRankPlan:
     """How one batch's segments are computed at the sites where they own the same pool rows. Reusable.
 
-    It keeps views and scales of the pools it was used with: of no use once rows that it names were written anew.
+    On CPU it keeps views and scales of the pools it was used with: of no use once rows that it names were written anew.
+    For Triton it holds tables, of fixed size and writable anew with a `capacity`. `triton` says whether Triton runs (on
+    CPU tensors only in its interpreter); unless told, it does on CUDA.
+
+    Raises:
+        ValueError: segments overlap, run backwards, name negative pool rows, or, for Triton, rows that are not whole
+            pages, or more than the capacity holds.
     """
 
-    def __init__(self, segments: Sequence[LowRankSegment], device: torch.device) -> None:
+    def __init__(
+        self,
+        segments: Sequence[LowRankSegment],
+        device: torch.device,
+        *,
+        triton: bool | None = None,
+        capacity: Capacity | None = None,
+    ) -> None:
+        runs_triton = device.type == "cuda" if triton is None else triton
+        self._set(segments)
+        self.pieces = _cut(self.segments) if device.type == "cpu" and not runs_triton else ()
+        self.tables = LowRankTables(self.segments, device, capacity) if runs_triton else None
+
+    def rewrite(self, segments: Sequence[LowRankSegment]) -> None:
+        """Another batch in the same tables, for replays of a CUDA graph. Only of a plan with a capacity."""
+        if self.tables is None:
+            raise ValueError("capacity: a plan without one is not written anew")
+        self.tables.rewrite(tuple(segments))
+        self._set(segments)
+
+    def _set(self, segments: Sequence[LowRankSegment]) -> None:
         self.segments = tuple(segments)
-        _check_order(self.segments)
-        self.pieces = _cut(self.segments) if device.type == "cpu" else ()
+        self.pool_rows = _check_segments(self.segments)
 
 
 def low_rank(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> Tensor:
@@ -46,10 +75,27 @@ def low_rank(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> Tensor:
         ValueError: x, y and pool do not fit each other or the plan.
     """
     _check_shapes(y, x, pool, plan)
-    if y.device.type != "cpu":
+    if plan.tables is not None and x.dim() == 2 and y.dtype in TRITON_DTYPES:
+        return _on_triton(y, x, pool, plan.tables)
+    if y.device.type != "cpu" or plan.tables is not None:
         return reference.low_rank(y, x, pool, plan.segments)
     for piece in plan.pieces:
         piece.add(y, x, pool)
+    return y
+
+
+def _on_triton(y: Tensor, x: Tensor, pool: RankPool, tables: LowRankTables) -> Tensor:
+    from chorus.kernels.low_rank_launch import low_rank_op  # Triton is not everywhere
+
+    for name, tensor in {"y": y, "x": x, **pool._asdict()}.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: must be contiguous, has strides {tensor.stride()}")
+        if tensor.device != tables.buffer.device:
+            raise ValueError(f"{name}: on {tensor.device}, the plan is on {tables.buffer.device}")
+    if pool.mid_scale.dtype != torch.float32:
+        raise ValueError(f"pool: mid_scale must be float32, is {pool.mid_scale.dtype}")
+    if tables.geometry.groups:
+        low_rank_op(y, x, *pool, tables.buffer, tables.flat_geometry)
     return y
 
 
@@ -195,12 +241,17 @@ def _runs_of_neighbours(segments: Sequence[LowRankSegment]) -> list[list[LowRank
     return runs
 
 
-def _check_order(segments: Sequence[LowRankSegment]) -> None:
-    end = 0
+def _check_segments(segments: Sequence[LowRankSegment]) -> int:
+    """How many rows a pool must have at least."""
+    end = needed = 0
     for segment in segments:
         if segment.start < end or segment.end < segment.start:
             raise ValueError(f"segments: [{segment.start}, {segment.end}) overlaps the one before or runs backwards")
+        if segment.pool_rows and min(segment.pool_rows) < 0:
+            raise ValueError(f"segments: pool row {min(segment.pool_rows)} is negative")
         end = segment.end
+        needed = max(needed, 1 + max(segment.pool_rows, default=-1))
+    return needed
 
 
 def _check_shapes(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> None:
@@ -212,5 +263,8 @@ def _check_shapes(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> No
         raise ValueError(f"pool: {tuple(pool.a.shape)} and {tuple(pool.b.shape)} do not fit K, N of x, y")
     if plan.segments and plan.segments[-1].end > x.shape[0]:
         raise ValueError(f"plan: made for at least {plan.segments[-1].end} rows, x has {x.shape[0]}")
+    rows, scales = pool.a.shape[0], tuple(pool.mid_scale.shape)
+    if plan.pool_rows > rows or scales != (rows,):
+        raise ValueError(f"pool: the plan names {plan.pool_rows} rows; it has {rows}, and scales {scales}")
     if not (y.dtype == pool.a.dtype == pool.b.dtype and (ids or x.dtype == y.dtype)):
         raise ValueError(f"dtypes differ: y {y.dtype}, x {x.dtype}, a {pool.a.dtype}, b {pool.b.dtype}")

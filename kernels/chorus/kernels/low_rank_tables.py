@@ -1,0 +1,185 @@
+"""What the kernels of `low_rank` read about a batch: tiles and rank pages, int32, built on the host, one upload.
+
+    tile   row | rows | first entry in the page table | rank lanes | first column of s
+    pages  the pool pages of each segment, one after the other: page p is the pool's rows 8 p .. 8 p + 7
+
+Each family (`tuning.Family`) in the batch has two lists of tiles. The shrink's are cut by rows and by rank, so that a
+batch of mixed ranks costs the sum of its ranks; the expand's by rows alone, since an output needs every rank lane.
+
+With a `Capacity` the buffer has the size of the worst case and is written anew in place, so a CUDA graph that was
+captured with it replays for any batch within the capacity. Tiles that a batch does not need have 0 rows, and their
+programs end at once.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from chorus.kernels.tuning import Family, block_rows, family_of, rank_block
+from chorus.kernels.types import LowRankSegment
+
+PAGE_ROWS = 8
+TILE_FIELDS = 5
+# Lists begin at multiples of 16 bytes: what Triton specialises pointers for.
+_ALIGNMENT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """The largest batch that a static plan holds: rows, and rank of any segment. All segments get one family."""
+
+    rows: int
+    rank: int
+    family: Family
+
+
+class TileGroup(NamedTuple):
+    """One family's tiles: where its two lists begin in the buffer, how many there are, rank lanes of a program."""
+
+    family: Family
+    block_rank: int
+    shrink_at: int
+    shrink_count: int
+    expand_at: int
+    expand_count: int
+
+
+class Geometry(NamedTuple):
+    """How to read the buffer. As a flat list of ints it passes through a custom op."""
+
+    columns: int
+    pages_at: int
+    groups: tuple[TileGroup, ...]
+
+    def flat(self) -> list[int]:
+        return [self.columns, self.pages_at, *(number for group in self.groups for number in group)]
+
+    @classmethod
+    def of(cls, flat: Sequence[int]) -> "Geometry":
+        groups = [flat[i : i + 6] for i in range(2, len(flat), 6)]
+        return cls(flat[0], flat[1], tuple(TileGroup(Family(g[0]), *g[1:]) for g in groups))
+
+
+class LowRankTables:
+    """A batch's tables on `device`.
+
+    Raises:
+        ValueError: a segment's pool rows are not whole pages in order, or the batch exceeds the capacity.
+    """
+
+    def __init__(self, segments: Sequence[LowRankSegment], device: torch.device, capacity: Capacity | None) -> None:
+        self._capacity = capacity
+        used = [s for s in segments if s.start < s.end and s.pool_rows]
+        self.geometry = _geometry(used) if capacity is None else _worst_case(capacity)
+        self.flat_geometry = self.geometry.flat()
+        self._check(used)
+        self.buffer = _on_device(_fill(used, self.geometry, capacity), device)
+
+    def rewrite(self, segments: Sequence[LowRankSegment]) -> None:
+        """Writes another batch into the same buffer, on the current stream and without waiting."""
+        if self._capacity is None:
+            raise ValueError("capacity: tables without one are not written anew")
+        used = [s for s in segments if s.start < s.end and s.pool_rows]
+        self._check(used)
+        host = _fill(used, self.geometry, self._capacity)
+        self.buffer.copy_(_pinned(host, self.buffer.device), non_blocking=True)
+
+    def _check(self, segments: Sequence[LowRankSegment]) -> None:
+        if self._capacity is None or not segments:
+            return
+        rank = max(len(s.pool_rows) for s in segments)
+        if segments[-1].end > self._capacity.rows or rank > self._capacity.rank:
+            raise ValueError(f"segments: {segments[-1].end} rows of rank {rank} exceed {self._capacity}")
+
+
+@lru_cache(maxsize=4096)
+def pages_of(pool_rows: tuple[int, ...]) -> tuple[int, ...]:
+    """The pages that hold an adapter's pool rows.
+
+    Raises:
+        ValueError: they are not whole pages in order; the last may be used in part.
+    """
+    pages = []
+    for i in range(0, len(pool_rows), PAGE_ROWS):
+        first, part = pool_rows[i], pool_rows[i : i + PAGE_ROWS]
+        if first % PAGE_ROWS or part != tuple(range(first, first + len(part))):
+            raise ValueError(f"segments: pool rows {part} are not a page of {PAGE_ROWS}")
+        pages.append(first // PAGE_ROWS)
+    return tuple(pages)
+
+
+def _geometry(segments: Sequence[LowRankSegment]) -> Geometry:
+    """Lists as long as the batch needs them."""
+    sizes = []
+    for family in Family:
+        members = [s for s in segments if family_of(s.end - s.start) is family]
+        if members:
+            block = rank_block(family, max(len(s.pool_rows) for s in members))
+            tiles = [(_ceil(s.end - s.start, block_rows(family)), _ceil(len(s.pool_rows), block)) for s in members]
+            shrinks, expands = sum(rows * ranks for rows, ranks in tiles), sum(rows for rows, _ in tiles)
+            sizes.append((family, block, max(ranks for _, ranks in tiles) * block, shrinks, expands))
+    return _laid_out(sizes)
+
+
+def _worst_case(capacity: Capacity) -> Geometry:
+    """Every row another adapter's, each of the largest rank: no batch has more tiles."""
+    block = rank_block(capacity.family, capacity.rank)
+    ranks = _ceil(capacity.rank, block)
+    return _laid_out([(capacity.family, block, ranks * block, capacity.rows * ranks, capacity.rows)])
+
+
+def _laid_out(sizes: Iterable[tuple[Family, int, int, int, int]]) -> Geometry:
+    """Lists one after the other, from (family, rank block, columns, shrink tiles, expand tiles) each."""
+    groups, at, widest = [], 0, 0
+    for family, block, columns, shrinks, expands in sizes:
+        expand_at = at + _aligned(shrinks * TILE_FIELDS)
+        groups.append(TileGroup(family, block, at, shrinks, expand_at, expands))
+        at = expand_at + _aligned(expands * TILE_FIELDS)
+        widest = max(widest, columns)
+    return Geometry(widest, at, tuple(groups))
+
+
+def _fill(segments: Sequence[LowRankSegment], geometry: Geometry, capacity: Capacity | None) -> Tensor:
+    """The buffer on the host."""
+    pages: list[int] = []
+    lists: dict[Family, tuple[list[int], list[int]]] = {group.family: ([], []) for group in geometry.groups}
+    blocks = {group.family: group.block_rank for group in geometry.groups}
+    for s in segments:
+        family = capacity.family if capacity is not None else family_of(s.end - s.start)
+        rank, block, step = len(s.pool_rows), blocks[family], block_rows(family)
+        shrinks, expands = lists[family]
+        for row in range(s.start, s.end, step):
+            rows = min(step, s.end - row)
+            for lane in range(0, rank, block):
+                shrinks += (row, rows, len(pages) + lane // PAGE_ROWS, min(block, rank - lane), lane)
+            expands += (row, rows, len(pages), rank, 0)
+        pages += pages_of(s.pool_rows)
+    page_entries = len(pages) if capacity is None else capacity.rows * _ceil(capacity.rank, PAGE_ROWS)
+    buffer = [0] * (geometry.pages_at + page_entries)
+    for group in geometry.groups:
+        shrinks, expands = lists[group.family]
+        buffer[group.shrink_at : group.shrink_at + len(shrinks)] = shrinks
+        buffer[group.expand_at : group.expand_at + len(expands)] = expands
+    buffer[geometry.pages_at : geometry.pages_at + len(pages)] = pages
+    return torch.tensor(buffer, dtype=torch.int32)
+
+
+def _on_device(host: Tensor, device: torch.device) -> Tensor:
+    return _pinned(host, device).to(device, non_blocking=True)
+
+
+def _pinned(host: Tensor, device: torch.device) -> Tensor:
+    """Pageable memory would make the copy wait; the allocator keeps a pinned block until its copies are done."""
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+def _ceil(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _aligned(count: int) -> int:
+    return _ceil(count, _ALIGNMENT) * _ALIGNMENT

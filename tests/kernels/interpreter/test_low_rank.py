@@ -1,0 +1,197 @@
+"""low_rank on Triton, in the interpreter, against dense float64 math from the definition."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chorus.kernels import LowRankPlan, LowRankSegment, RankPool, low_rank
+from chorus.kernels.low_rank_tables import PAGE_ROWS, Capacity
+from chorus.kernels.tuning import Family
+
+CPU = torch.device("cpu")
+POOL_PAGES = 80
+# RMS(err) / RMS(ref), and max |err| / RMS(ref) beside it.
+BOUND = {torch.float32: (1e-5, 1e-4), torch.float16: (4e-3, 4e-2), torch.bfloat16: (4e-3, 4e-2)}
+
+
+def make_pool(k: int, n: int, dtype: torch.dtype, generator: torch.Generator, pages: int = POOL_PAGES) -> RankPool:
+    """Every row is used by somebody or stale: none is zero."""
+    rows = pages * PAGE_ROWS
+    return RankPool(
+        a=torch.randn(rows, k, generator=generator).to(dtype),
+        b=(torch.randn(rows, n, generator=generator) / k**0.5).to(dtype),
+        mid_scale=torch.rand(rows, generator=generator) + 0.5,
+    )
+
+
+def dense(y: torch.Tensor, x: torch.Tensor, pool: RankPool, segments: list[LowRankSegment]) -> torch.Tensor:
+    out = y.double().clone()
+    for s in segments:
+        rows = list(s.pool_rows)
+        weight = pool.b[rows].double().T @ torch.diag(pool.mid_scale[rows].double()) @ pool.a[rows].double()  # [N, K]
+        out[s.start : s.end] = y[s.start : s.end].double() + x[s.start : s.end].double() @ weight.T
+    return out
+
+
+def batch_of(layout: list[tuple[int, int]], *, first_row: int = 0, scatter: int | None = None) -> list[LowRankSegment]:
+    """Neighbouring segments of (rows, rank); rank 0 stands for rows without an adapter. Pages in order, or shuffled."""
+    count = sum(-(-rank // PAGE_ROWS) for _, rank in layout)
+    order = list(range(count))
+    if scatter is not None:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(scatter)).tolist()
+    segments, position = [], first_row
+    for rows, rank in layout:
+        own = [order.pop(0) for _ in range(-(-rank // PAGE_ROWS))]
+        if rank:
+            pool_rows = [page * PAGE_ROWS + i for page in own for i in range(PAGE_ROWS)][:rank]
+            segments.append(LowRankSegment(position, position + rows, tuple(pool_rows)))
+        position += rows
+    return segments
+
+
+def check(
+    segments: list[LowRankSegment], total: int, k: int, n: int, dtype: torch.dtype, *,
+    seed: int = 0, from_zero: bool = False, plan: LowRankPlan | None = None,
+) -> None:  # fmt: skip
+    """Runs twice: within the bound of the definition, untouched elsewhere, the same bits again."""
+    generator = torch.Generator().manual_seed(seed)
+    pages = max((r // PAGE_ROWS + 1 for s in segments for r in s.pool_rows), default=1)
+    pool = make_pool(k, n, dtype, generator, pages)
+    x = torch.randn(total, k, generator=generator).to(dtype)
+    y = torch.zeros(total, n, dtype=dtype) if from_zero else torch.randn(total, n, generator=generator).to(dtype)
+    expected = dense(y, x, pool, segments)
+    plan = plan or LowRankPlan(segments, CPU, triton=True)
+    got, again = (low_rank(y.clone(), x, pool, plan) for _ in range(2))
+    touched = torch.zeros(total, dtype=torch.bool)
+    for s in segments:
+        touched[s.start : s.end] = True
+    error, reference = (got.double() - expected)[touched], expected[touched]
+    if reference.numel():
+        scale = float(reference.pow(2).mean().sqrt())
+        rms_bound, max_bound = BOUND[dtype]
+        assert float(error.pow(2).mean().sqrt()) <= rms_bound * scale
+        assert float(error.abs().max()) <= max_bound * scale
+    assert torch.equal(got[~touched], y[~touched])
+    assert torch.equal(got, again)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> list[tuple[int, int]]:
+    ranks = st.one_of(st.sampled_from([0, 8, 16, 24, 64]), st.integers(1, 40))
+    lengths = st.one_of(st.just(1), st.integers(0, 5), st.sampled_from([16, 33, 70]))
+    return draw(st.lists(st.tuples(lengths, ranks), max_size=4))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    layout=layouts(), k=st.sampled_from([1, 16, 33, 80]), n=st.sampled_from([1, 16, 65]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), seed=st.integers(0, 99),
+    from_zero=st.booleans(), first_row=st.integers(0, 2), scatter=st.one_of(st.none(), st.integers(0, 9)),
+)  # fmt: skip
+def test_low_rank_equals_dense_float64_math(
+    layout: list[tuple[int, int]], k: int, n: int, dtype: torch.dtype, seed: int, from_zero: bool, first_row: int,
+    scatter: int | None,
+) -> None:  # fmt: skip
+    segments = batch_of(layout, first_row=first_row, scatter=scatter)
+    total = first_row + sum(rows for rows, _ in layout) + 1
+    if dtype is not torch.float32 and min(k, n) < 16:
+        k, n = 33, 65  # an RMS of a few roundings means nothing
+    check(segments, total, k, n, dtype, seed=seed, from_zero=from_zero)
+
+
+LAYOUTS = {
+    "a decode step, all distinct": [(1, 16)] * 12,
+    "mixed ranks": [(1, 8), (2, 24), (1, 128), (4, 5), (1, 33)],
+    "the largest ranks": [(1, 256), (5, 200), (33, 250)],
+    "prefill beside decodes": [(1, 16), (50, 16), (1, 8), (70, 48), (17, 64)],
+    "one giant segment": [(200, 16)],
+    "rows without an adapter between": [(2, 0), (3, 8), (5, 0), (40, 24), (1, 0)],
+    "empty segments": [(0, 16), (3, 16), (0, 8)],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("dtype", "from_zero"),
+    [(torch.float32, True), (torch.float16, True), (torch.bfloat16, True), (torch.bfloat16, False)],
+)
+def test_layouts_of_real_batches(layout: list[tuple[int, int]], dtype: torch.dtype, from_zero: bool) -> None:
+    """K of 272 leaves splits without work, N of 144 a last tile in part."""
+    check(batch_of(layout), sum(rows for rows, _ in layout), 272, 144, dtype, from_zero=from_zero)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k", [1200, 4112])
+def test_splits_of_several_blocks_of_k(dtype: torch.dtype, k: int) -> None:
+    check(batch_of([(1, 16), (3, 8)]), 4, k, 16, dtype)
+
+
+@pytest.mark.parametrize("family", Family)
+def test_the_largest_batch_of_a_capacity(family: Family) -> None:
+    """Every row another adapter's, each of the largest rank: nothing is left out, whatever the tables held before."""
+    rows, rank = 9, 24
+    capacity = Capacity(rows, rank, family)
+    full = batch_of([(1, rank)] * rows)
+    plan = LowRankPlan([], CPU, triton=True, capacity=capacity)
+    assert plan.tables is not None
+    buffer = plan.tables.buffer
+    for segments in (full, batch_of([(3, 8), (2, 0), (4, 24)]), [], full):
+        plan.rewrite(segments)
+        assert plan.tables.buffer is buffer
+        check(segments, rows, 48, 33, torch.float32, plan=plan)
+
+
+def test_a_row_with_nan_reaches_no_other_row() -> None:
+    pool = make_pool(32, 16, torch.float32, torch.Generator().manual_seed(0))
+    segments = batch_of([(1, 8), (1, 5), (20, 16), (70, 8)])
+    x = torch.randn(92, 32)
+    plan = LowRankPlan(segments, CPU, triton=True)
+    clean = low_rank(torch.zeros(92, 16), x, pool, plan)
+    for row in (1, 3, 50):
+        poisoned = x.clone()
+        poisoned[row] = float("nan")
+        out = low_rank(torch.zeros(92, 16), poisoned, pool, plan)
+        assert out[row].isnan().all()
+        others = torch.arange(92) != row
+        assert torch.equal(out[others], clean[others])
+
+
+def test_pages_of_others_are_not_read() -> None:
+    """A segment's own pages are the only ones that count, also where its rank leaves half of a dot's 16 lanes."""
+    pool = make_pool(32, 16, torch.bfloat16, torch.Generator().manual_seed(0), pages=6)
+    segments = [LowRankSegment(0, 1, tuple(range(8, 16))), LowRankSegment(1, 9, tuple(range(24, 32)))]
+    for pooled in pool:
+        pooled[[r for r in range(48) if r // 8 not in (1, 3)]] = float("nan")
+    out = low_rank(
+        torch.zeros(9, 16).bfloat16(), torch.ones(9, 32).bfloat16(), pool, LowRankPlan(segments, CPU, triton=True)
+    )
+    assert not out.isnan().any()
+
+
+def test_the_op_is_well_formed() -> None:
+    from chorus.kernels.low_rank_launch import low_rank_op
+
+    pool = make_pool(32, 16, torch.float32, torch.Generator().manual_seed(0))
+    plan = LowRankPlan(batch_of([(1, 8), (20, 16)]), CPU, triton=True)
+    assert plan.tables is not None
+    arguments = (torch.zeros(21, 16), torch.randn(21, 32), *pool, plan.tables.buffer, plan.tables.flat_geometry)
+    torch.library.opcheck(low_rank_op, arguments)
+
+
+def test_what_does_not_fit_is_refused_by_name() -> None:
+    pool = make_pool(32, 16, torch.float32, torch.Generator().manual_seed(0), pages=2)
+    x, y = torch.zeros(2, 32), torch.zeros(2, 16)
+    plan = LowRankPlan([LowRankSegment(0, 2, (0,))], CPU, triton=True)
+    with pytest.raises(ValueError, match="segments: pool rows"):
+        LowRankPlan([LowRankSegment(0, 2, (3, 4))], CPU, triton=True)
+    with pytest.raises(ValueError, match="segments: pool row -1"):
+        LowRankPlan([LowRankSegment(0, 2, (-1,))], CPU, triton=True)
+    with pytest.raises(ValueError, match="x: must be contiguous"):
+        low_rank(y, torch.zeros(32, 2).T, pool, plan)
+    with pytest.raises(ValueError, match="pool: the plan names 24 rows"):
+        low_rank(y, x, pool, LowRankPlan([LowRankSegment(0, 2, tuple(range(16, 24)))], CPU, triton=True))
+    with pytest.raises(ValueError, match="y: on meta"):
+        low_rank(y.to("meta"), x, pool, plan)
+    with pytest.raises(ValueError, match="exceed Capacity"):
+        LowRankPlan([LowRankSegment(0, 2, (0,))], CPU, triton=True, capacity=Capacity(1, 8, Family.ROWS))
