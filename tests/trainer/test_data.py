@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from chorus.errors import InvalidArgument
 from chorus.trainer.batches import IGNORED, Batch, collate, evaluation_batches, steps_per_epoch, training_batches
 from chorus.trainer.config import DataConfig
-from chorus.trainer.data import Encoded, Tokens, encode, load_dataset
+from chorus.trainer.data import Tokens, encode, load_dataset
+from chorus.trainer.encoded import Encoded
 from chorus.trainer.examples import Example, read_examples, split
 
 EOS = 0

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from chorus.adapters import artifact
 from chorus.errors import InvalidArgument
 from chorus.trainer.config import DataConfig, TrainConfig
-from chorus.trainer.data import Encoded, Tokens, encode, load_dataset
+from chorus.trainer.data import Tokens, encode, load_dataset
 from chorus.trainer.dialogues import ChatLayout
+from chorus.trainer.encoded import Encoded
 from chorus.trainer.examples import Dialogue, Message, read_examples
 from chorus.trainer.loop import train
 

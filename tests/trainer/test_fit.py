@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from chorus.errors import FailedPrecondition
 from chorus.trainer.batches import collate
 from chorus.trainer.config import TrainConfig
-from chorus.trainer.data import Encoded
+from chorus.trainer.encoded import Encoded
 from chorus.trainer.examples import Example, read_examples
 from chorus.trainer.loop import train
 from chorus.trainer.metrics import completion_loss

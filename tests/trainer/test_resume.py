@@ -70,6 +70,14 @@ def test_a_resumed_run_ends_with_the_same_bits(changed: Change, tmp_path: Path, 
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_packed_run_goes_on_to_the_same_bits(changed: Change, tmp_path: Path) -> None:
+    config = changed(**WHOLE, data={"packing": True, "max_length": 64})
+    train(config, tmp_path / "whole")
+    interrupted(config, tmp_path / "parts", 5)
+    train(config, tmp_path / "parts", resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_a_run_may_be_interrupted_again_and_again(changed: Change, tmp_path: Path) -> None:
     config = changed(**WHOLE)
     train(config, tmp_path / "whole")

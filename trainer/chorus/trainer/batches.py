@@ -3,7 +3,7 @@
     examples --shuffle--> windows of 16 batches --sort by length--> batches --shuffle--> steps
 
 Rows are padded on the right. Under causal attention no real token ever sees the padding and no padding has a target,
-so batches carry no attention mask.
+so batches carry no attention mask. Nor do those of packed rows: positions tell, see `packing`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from chorus.trainer.data import Encoded
+from chorus.trainer.encoded import Encoded
 
 IGNORED = -100
 WINDOW = 16
@@ -24,12 +24,14 @@ class Batch:
 
     `input_ids` [B, T] int64. `columns` [K] int64: the positions whose next token is a target in any row, so that the
     output layer runs on K columns, not on T. `targets` [B, K] int64: that next token, or -100 where there is none.
+    `positions` [B, T] int64, where a row is packed: they restart at 0 at each example and at the padding; else None.
     `target_tokens` counts targets, `tokens` all real tokens.
     """
 
     input_ids: Tensor
     columns: Tensor
     targets: Tensor
+    positions: Tensor | None
     target_tokens: int
     tokens: int
 
@@ -39,6 +41,7 @@ class Batch:
             self.input_ids.to(device),
             self.columns.to(device),
             self.targets.to(device),
+            None if self.positions is None else self.positions.to(device),
             self.target_tokens,
             self.tokens,
         )
@@ -59,9 +62,21 @@ def collate(examples: Sequence[Encoded], pad: int) -> Batch:
         input_ids=input_ids,
         columns=columns,
         targets=targets[:, columns],
+        positions=_positions(examples, length),
         target_tokens=sum(len(example.targets) for example in examples),
         tokens=sum(len(example.ids) for example in examples),
     )
+
+
+def _positions(rows: Sequence[Encoded], length: int) -> Tensor | None:
+    if all(len(row.starts) == 1 for row in rows):
+        return None
+    positions = torch.empty(len(rows), length, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        ends = [*row.starts[1:], len(row.ids), length]
+        for start, end in zip([*row.starts, len(row.ids)], ends, strict=True):
+            positions[b, start:end] = torch.arange(end - start)
+    return positions
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:

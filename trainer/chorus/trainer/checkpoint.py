@@ -23,7 +23,8 @@ from safetensors.torch import save
 from chorus.errors import FailedPrecondition, InvalidArgument
 from chorus.trainer.base import Base
 from chorus.trainer.config import TrainConfig
-from chorus.trainer.data import Dataset, Encoded
+from chorus.trainer.data import Dataset
+from chorus.trainer.encoded import Encoded
 from chorus.trainer.snapshot import Snapshot
 
 FORMAT_VERSION: Final = 1

@@ -160,4 +160,6 @@ def _print_summary(result: "TrainResult") -> None:
     print_table(("", "base", "tuned"), rows, empty="")
     early = f", stopped early, the best after {result.best_step}" if result.stopped_early else ""
     print(f"{result.steps} steps{early}, {result.tokens:,} tokens, {result.seconds:.1f} s")
+    if packing := result.data.packed():
+        print(packing)
     print(f"adapter: {result.output}")

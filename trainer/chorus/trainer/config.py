@@ -58,8 +58,15 @@ class DataConfig(_Section):
         description="Lays messages out: a file's path, or jinja itself; the base's own if unset.",
     )
 
+    packing: bool = Field(
+        default=False,
+        description="Several examples in one row of up to `max_length` tokens; `batch_size` then counts rows.",
+    )
+
     @model_validator(mode="after")
-    def _one_validation_source(self) -> "DataConfig":
+    def _whole(self) -> "DataConfig":
+        if self.packing and self.max_length is None:
+            raise ValueError("packing needs max_length: how many tokens a row holds")
         if self.validation is not None and self.validation_fraction is not None:
             raise ValueError("validation and validation_fraction are both set: keep one (null unsets)")
         return self
@@ -85,7 +92,9 @@ class LoopConfig(_Section):
         default=None, ge=1, description="Optimiser steps; 120 if neither this nor `epochs` is set."
     )
     epochs: int | None = Field(default=None, ge=1, description="In place of `steps`: passes over the training data.")
-    batch_size: int = Field(default=16, ge=1, description="Examples that go through the model at once.")
+    batch_size: int = Field(
+        default=16, ge=1, description="Examples (with `data.packing` packed rows) that go through the model at once."
+    )
     gradient_accumulation: int = Field(
         default=1, ge=1, description="Batches per step; every token of them weighs the same, as in one big batch."
     )

@@ -19,20 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from chorus.errors import FailedPrecondition, InvalidArgument
 from chorus.trainer.config import DataConfig
 from chorus.trainer.dialogues import ChatLayout, template_for
+from chorus.trainer.encoded import Encoded
 from chorus.trainer.examples import AnyExample, Dialogue, Example, parse_examples, read_bytes, read_examples, split
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Token ids, and the positions in them that the loss is taken on: in order, at least one, never 0."""
-
-    ids: tuple[int, ...]
-    targets: tuple[int, ...]
-
-    @classmethod
-    def after_prompt(cls, ids: tuple[int, ...], prompt_length: int) -> "Encoded":
-        """One of which everything after the prompt is learned."""
-        return cls(ids, tuple(range(prompt_length, len(ids))))
+from chorus.trainer.packing import fill, pack
 
 
 class Encoding(NamedTuple):
@@ -47,7 +36,8 @@ class Encoding(NamedTuple):
 class DataReport:
     """What became of the data. `truncated`: prompts cut from the left; `dropped`: completions too long to fit;
     `overlap`: validation prompts (beginnings of dialogues) that are also trained on; `endless`: dialogues whose last
-    target is no token that the base stops at. Counted over both sets."""
+    target is no token that the base stops at. Counted over both sets. `train_rows`: examples, or packed rows of them;
+    `packing`: how full those are of `max_length` tokens, None without."""
 
     train_examples: int
     validation_examples: int
@@ -55,7 +45,18 @@ class DataReport:
     dropped: int
     overlap: int
     max_length: int
-    endless: int = 0
+    endless: int
+    train_rows: int
+    packing: float | None
+
+    def packed(self) -> str | None:
+        """How well packing did, None without it."""
+        if self.packing is None:
+            return None
+        return (
+            f"packing: {self.train_examples:,} examples in {self.train_rows:,} rows, "
+            f"{self.packing:.1%} of their {self.max_length:,} tokens each used"
+        )
 
     def warnings(self) -> list[str]:
         """One line for each thing the model owner should know."""
@@ -79,8 +80,8 @@ class DataReport:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Encoded examples of both sets, the report, the SHA-256 (hex) of the training file's bytes, and the template that
-    laid dialogues out, None where there are none."""
+    """Encoded examples of both sets, those to learn from packed if `data.packing`; the report; the SHA-256 (hex) of the
+    training file's bytes; and the template that laid dialogues out, None where there are none."""
 
     train: list[Encoded]
     validation: list[Encoded]
@@ -118,6 +119,7 @@ def load_dataset(config: DataConfig, tokens: Tokens, seed: int) -> Dataset:
     learned = _encode_some(train, tokens, layout, "data.train")
     measured = _encode_some(validation, tokens, layout, "data.validation")
     beginnings = {example.beginning for example in train}
+    rows = pack(learned.examples, tokens.max_length, seed) if config.packing else learned.examples
     report = DataReport(
         train_examples=len(learned.examples),
         validation_examples=len(measured.examples),
@@ -126,8 +128,10 @@ def load_dataset(config: DataConfig, tokens: Tokens, seed: int) -> Dataset:
         overlap=sum(example.beginning in beginnings for example in validation),
         max_length=tokens.max_length,
         endless=_endless(train, learned, tokens) + _endless(validation, measured, tokens),
+        train_rows=len(rows),
+        packing=fill(rows, tokens.max_length) if config.packing else None,
     )
-    return Dataset(learned.examples, measured.examples, report, hashlib.sha256(raw).hexdigest(), template)
+    return Dataset(rows, measured.examples, report, hashlib.sha256(raw).hexdigest(), template)
 
 
 def encode(examples: Sequence[AnyExample], tokens: Tokens, layout: ChatLayout | None = None) -> Encoding:

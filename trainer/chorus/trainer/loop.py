@@ -26,6 +26,7 @@ from chorus.trainer.interrupts import Interrupted, Stop
 from chorus.trainer.lora import attach_lora
 from chorus.trainer.model_card import FILE_NAME as CARD_NAME
 from chorus.trainer.model_card import model_card
+from chorus.trainer.packing import check_honoured
 from chorus.trainer.records import LOG_NAME, OnProgress, Record, TrainLog
 from chorus.trainer.snapshot import Snapshot
 
@@ -186,6 +187,8 @@ def set_up(config: TrainConfig, device: torch.device) -> Setup:
     base = load_base(config.base, device, getattr(torch, config.train.dtype))
     tokens = Tokens(base.tokenizer, base.eos, _max_length(config, base), base.stops)
     data = load_dataset(config.data, tokens, config.train.seed)
+    if config.data.packing:
+        check_honoured(base.module, data.report.max_length)
     base_parameters = base.module.num_parameters()
     model = attach_lora(base.module, config.lora)
     return Setup(base, base_parameters, model, data, _steps(config.train, len(data.train)))
@@ -233,7 +236,7 @@ def _max_length(config: TrainConfig, base: Base) -> int:
     return wanted or context or 0
 
 
-def _steps(config: LoopConfig, examples: int) -> int:
+def _steps(config: LoopConfig, rows: int) -> int:
     if config.epochs is not None:
-        return -(-config.epochs * steps_per_epoch(examples, config.batch_size) // config.gradient_accumulation)
+        return -(-config.epochs * steps_per_epoch(rows, config.batch_size) // config.gradient_accumulation)
     return config.steps or DEFAULT_STEPS

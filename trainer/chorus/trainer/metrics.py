@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chorus.trainer.batches import IGNORED, Batch, evaluation_batches
-from chorus.trainer.data import Encoded
+from chorus.trainer.encoded import Encoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,8 @@ class Validation:
 
 def completion_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits [B, K, V], float32, of the columns that have targets."""
-    logits: Tensor = model(input_ids=batch.input_ids, logits_to_keep=batch.columns, use_cache=False).logits
+    packed = {} if batch.positions is None else {"position_ids": batch.positions}
+    logits: Tensor = model(input_ids=batch.input_ids, logits_to_keep=batch.columns, use_cache=False, **packed).logits
     return logits.float()
 
 
