@@ -31,7 +31,7 @@ def family_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 @torch.inference_mode()
 def run_packed(base: Base, tokens: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     """Every position's logits, through the steps above; the sequences' pages interleave."""
-    shape = (base.layers, 32, BLOCK, base.kv_heads, base.head_dim)
+    shape = (base.layers, 32, base.kv_heads, BLOCK, base.head_dim)
     k_cache, v_cache = torch.zeros(shape, dtype=base.dtype), torch.zeros(shape, dtype=base.dtype)
     tables = {"long": list(range(1, 31, 2)), "short": list(range(0, 30, 2))}
     logits: dict[str, list[torch.Tensor]] = {"long": [], "short": []}

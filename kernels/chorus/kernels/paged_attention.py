@@ -1,18 +1,28 @@
 """`store_kv` and `paged_attention`: a packed batch of decodes and prefill chunks over a paged KV cache.
 
-On CPU all decode rows are one call: their pages are gathered into [rows, L, H_kv, D] and the query heads of a key head
-are folded into the query axis (0.25 ms a call where `enable_gqa` takes 2.1, 16 rows of 96 tokens). A prefill chunk is a
-call of its own. Elsewhere, and with a soft cap, the specification runs.
+On CPU all decode rows are one call, of one of two families (see `LONG_CONTEXT`):
+
+- short contexts: pages are gathered into [rows, H_kv, L, D], and SDPA runs with the query heads of a key head folded
+  into the query axis (0.25 ms a call where `enable_gqa` takes 2.1, 16 rows of 96 tokens);
+- long contexts: nothing is gathered (`paged_decode`).
+
+A prefill chunk is a call of its own. Elsewhere, and for a chunk with a soft cap, the specification runs.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from chorus.kernels import reference
+from chorus.kernels.paged_decode import DecodePages, decode_by_pages
 from chorus.kernels.types import AttentionRow
+
+# Longest context of a batch from which on its decodes run page by page. 2 cores, 16 rows, 16 heads on 4, D 64, bf16,
+# ms a call gathered / by pages: 0.34 / 0.45 at 128, 1.2 / 1.1 at 512, 3.9 / 2.1 at 1024.
+LONG_CONTEXT = 384
 
 
 class AttentionPlan:
@@ -25,30 +35,49 @@ class AttentionPlan:
         self.rows = tuple(rows)
         self.block_size = block_size
         self.slots = torch.tensor(_slots(self.rows, block_size), dtype=torch.int64, device=device)  # [T]
-        decodes = [row for row in self.rows if row.end - row.start == 1]
+        self.decodes = [row for row in self.rows if row.end - row.start == 1]
         self.prefills = [row for row in self.rows if row.end - row.start > 1]
-        self.prefill_blocks = [torch.tensor(row.blocks, device=device) for row in self.prefills]
-        self.decode_rows = torch.tensor([row.start for row in decodes], dtype=torch.int64, device=device)  # [R]
-        self.decode_blocks = _padded_tables(decodes, block_size).to(device)  # [R, blocks]
-        self.decode_context = torch.tensor([row.context for row in decodes], dtype=torch.int64, device=device)  # [R]
+        self.prefill_blocks = [torch.tensor(_used(row, block_size), device=device) for row in self.prefills]
+        self.decode_rows = torch.tensor([row.start for row in self.decodes], dtype=torch.int64, device=device)  # [R]
         self._visible: dict[int | None, Tensor] = {}
+        self._pages: dict[int | None, DecodePages] = {}
+
+    @cached_property
+    def decode_blocks(self) -> Tensor:
+        """Block tables of the decodes as a rectangle, [R, longest]; entry 0 pads, and is masked."""
+        used = [_used(row, self.block_size) for row in self.decodes]
+        longest = max((len(blocks) for blocks in used), default=0)
+        padded = [[*blocks, *[0] * (longest - len(blocks))] for blocks in used]
+        return torch.tensor(padded, dtype=torch.int64, device=self.slots.device)
+
+    @cached_property
+    def has_long_decodes(self) -> bool:
+        return any(row.context >= LONG_CONTEXT for row in self.decodes)
 
     def decode_visible(self, window: int | None) -> Tensor:
         """Which cache positions each decode row may see: [R, 1, 1, L], True where it may."""
         if window not in self._visible:
             position = torch.arange(self.decode_blocks.shape[1] * self.block_size, device=self.decode_blocks.device)
-            context = self.decode_context[:, None]
+            context = torch.tensor([row.context for row in self.decodes], device=self.decode_blocks.device)[:, None]
             visible = position < context
             if window is not None:
                 visible &= position >= context - window
             self._visible[window] = visible[:, None, None, :]
         return self._visible[window]
 
+    def decode_pages(self, window: int | None) -> DecodePages:
+        """The pages that the decode rows see some of."""
+        if window not in self._pages:
+            self._pages[window] = DecodePages(self.decodes, self.block_size, window)
+        return self._pages[window]
+
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Writes row t's key and value to cache position slots[t]; see `reference.store_kv`."""
+    block_size = k_cache.shape[2]
+    block, offset = slots // block_size, slots % block_size
     for cache, new in ((k_cache, key), (v_cache, value)):
-        cache.flatten(0, 1).index_copy_(0, slots, torch.where(new.abs() <= reference.KV_LIMIT, new, 0))
+        cache[block, :, offset] = torch.where(new.abs() <= reference.KV_LIMIT, new, 0)
 
 
 def paged_attention(
@@ -66,38 +95,45 @@ def paged_attention(
     Raises:
         ValueError: the query heads are not a multiple of the key heads, or the plan was made for another row count.
     """
-    if query.shape[1] % k_cache.shape[2] or query.shape[0] != plan.slots.shape[0]:
+    if query.shape[1] % k_cache.shape[1] or query.shape[0] != plan.slots.shape[0]:
         raise ValueError(
-            f"query: {tuple(query.shape)} does not fit {k_cache.shape[2]} key heads and {plan.slots.shape[0]} rows"
+            f"query: {tuple(query.shape)} does not fit {k_cache.shape[1]} key heads and {plan.slots.shape[0]} rows"
         )
-    if query.device.type != "cpu" or soft_cap is not None:
+    if query.device.type != "cpu" or (soft_cap is not None and plan.prefills):
         return reference.paged_attention(
             query, k_cache, v_cache, plan.rows, scale=scale, window=window, soft_cap=soft_cap
         )
     out = torch.empty_like(query)
-    if len(plan.decode_rows):
-        _decode(out, query, k_cache, v_cache, plan, scale, window)
+    if plan.decodes:
+        q = query.index_select(0, plan.decode_rows)
+        if plan.has_long_decodes or soft_cap is not None:
+            pages = plan.decode_pages(window)
+            attended = decode_by_pages(q, k_cache, v_cache, pages, scale=scale, soft_cap=soft_cap)
+        else:
+            attended = _decode_gathered(q, k_cache, v_cache, plan, scale, window)
+        out.index_copy_(0, plan.decode_rows, attended)
     for row, blocks in zip(plan.prefills, plan.prefill_blocks, strict=True):
         out[row.start : row.end] = _prefill(query[row.start : row.end], k_cache, v_cache, row, blocks, scale, window)
     return out
 
 
-def _decode(
-    out: Tensor, query: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float, window: int | None
-) -> None:
-    rows, (_, heads, dim), kv_heads = len(plan.decode_rows), query.shape, k_cache.shape[2]
-    q = query.index_select(0, plan.decode_rows).view(rows, kv_heads, heads // kv_heads, dim)
-    key = _gather(k_cache, plan.decode_blocks)  # [R, H_kv, L, D]
-    value = _gather(v_cache, plan.decode_blocks)
+def _decode_gathered(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float, window: int | None
+) -> Tensor:
+    """[R, H, D]."""
+    rows, heads, dim = query.shape
+    kv_heads = k_cache.shape[1]
+    q = query.view(rows, kv_heads, heads // kv_heads, dim)
+    key, value = _gather(k_cache, plan.decode_blocks), _gather(v_cache, plan.decode_blocks)  # [R, H_kv, L, D]
     attended = F.scaled_dot_product_attention(q, key, value, attn_mask=plan.decode_visible(window), scale=scale)
-    out.index_copy_(0, plan.decode_rows, attended.reshape(rows, heads, dim))
+    return attended.reshape(rows, heads, dim)
 
 
 def _gather(cache: Tensor, tables: Tensor) -> Tensor:
-    """[blocks, block_size, H_kv, D] by tables [R, B] -> [R, H_kv, B * block_size, D]."""
-    rows, count = tables.shape
-    pages = cache.index_select(0, tables.flatten())
-    return pages.view(rows, count * cache.shape[1], *cache.shape[2:]).transpose(1, 2)
+    """[blocks, H_kv, block_size, D] by tables [R, B] -> [R, H_kv, B * block_size, D]."""
+    (rows, count), (_, heads, block_size, dim) = tables.shape, cache.shape
+    index = tables[:, None, :] * heads + torch.arange(heads)[:, None]  # [R, H_kv, B]
+    return cache.view(-1, block_size, dim).index_select(0, index.flatten()).view(rows, heads, count * block_size, dim)
 
 
 def _prefill(
@@ -110,9 +146,9 @@ def _prefill(
     window: int | None,
 ) -> Tensor:
     count, heads = query.shape[:2]
-    group = heads // k_cache.shape[2]
-    key = k_cache.index_select(0, blocks).flatten(0, 1)[: row.context].transpose(0, 1)[None]  # [1, H_kv, L, D]
-    value = v_cache.index_select(0, blocks).flatten(0, 1)[: row.context].transpose(0, 1)[None]
+    group = heads // k_cache.shape[1]
+    key = _gather(k_cache, blocks[None])[:, :, : row.context]  # [1, H_kv, L, D]
+    value = _gather(v_cache, blocks[None])[:, :, : row.context]
     key, value = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (key, value))
     q = query.transpose(0, 1)[None]  # [1, H, count, D]
     if row.context == count and (window is None or count <= window):
@@ -138,8 +174,6 @@ def _slots(rows: Sequence[AttentionRow], block_size: int) -> list[int]:
     return slots
 
 
-def _padded_tables(rows: Sequence[AttentionRow], block_size: int) -> Tensor:
-    """Block tables as a rectangle, [R, longest]; entry 0 pads, and is masked."""
-    used = [row.blocks[: -(-row.context // block_size)] for row in rows]
-    longest = max((len(blocks) for blocks in used), default=0)
-    return torch.tensor([[*blocks, *[0] * (longest - len(blocks))] for blocks in used], dtype=torch.int64)
+def _used(row: AttentionRow, block_size: int) -> Sequence[int]:
+    """The blocks that hold the row's context."""
+    return row.blocks[: -(-row.context // block_size)]

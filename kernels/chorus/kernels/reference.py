@@ -34,14 +34,14 @@ def low_rank(y: Tensor, x: Tensor, pool: RankPool, segments: Sequence[LowRankSeg
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Writes row t's key and value, [T, H_kv, D] each, to cache position slots[t] (block * block_size + offset).
 
-    k_cache, v_cache [blocks, block_size, H_kv, D]. What is not finite or over KV_LIMIT is stored as 0: a masked
+    k_cache, v_cache [blocks, H_kv, block_size, D]. What is not finite or over KV_LIMIT is stored as 0: a masked
     position still enters the sums, its score with -inf added, its value times 0. A NaN left in a page, or a key whose
     score is +inf, would make NaN of the sums of the page's next owner, and of who pads a table with the page.
     """
     for t, slot in enumerate(slots.tolist()):
-        block, offset = divmod(slot, k_cache.shape[1])
-        k_cache[block, offset] = torch.where(key[t].abs() <= KV_LIMIT, key[t], 0)
-        v_cache[block, offset] = torch.where(value[t].abs() <= KV_LIMIT, value[t], 0)
+        block, offset = divmod(slot, k_cache.shape[2])
+        k_cache[block, :, offset] = torch.where(key[t].abs() <= KV_LIMIT, key[t], 0)
+        v_cache[block, :, offset] = torch.where(value[t].abs() <= KV_LIMIT, value[t], 0)
 
 
 def paged_attention(
@@ -56,16 +56,17 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of each sequence's new tokens over its whole paged context, these tokens included.
 
-    query [T, H, D]; k_cache, v_cache [blocks, block_size, H_kv, D]; H is a multiple of H_kv, query heads of one key
+    query [T, H, D]; k_cache, v_cache [blocks, H_kv, block_size, D]; H is a multiple of H_kv, query heads of one key
     head are neighbours. The last (row.end - row.start) of row.context positions are the queries. `window` limits each
     query to the last `window` positions, itself included; `soft_cap` is c tanh(s / c) on the scores. Returns [T, H, D].
     """
     out = torch.zeros_like(query)
-    heads, kv_heads = query.shape[1], k_cache.shape[2]
+    heads, kv_heads = query.shape[1], k_cache.shape[1]
     for row in rows:
         blocks = torch.as_tensor(row.blocks, device=query.device)
-        key = k_cache[blocks].flatten(0, 1)[: row.context].repeat_interleave(heads // kv_heads, dim=1)  # [L, H, D]
-        value = v_cache[blocks].flatten(0, 1)[: row.context].repeat_interleave(heads // kv_heads, dim=1)
+        key = k_cache[blocks].transpose(1, 2).flatten(0, 1)[: row.context]  # [L, H_kv, D]
+        value = v_cache[blocks].transpose(1, 2).flatten(0, 1)[: row.context]
+        key, value = (t.repeat_interleave(heads // kv_heads, dim=1) for t in (key, value))  # [L, H, D]
         scores = torch.einsum("qhd,lhd->hql", query[row.start : row.end], key) * scale
         if soft_cap is not None:
             scores = soft_cap * torch.tanh(scores / soft_cap)

@@ -17,7 +17,7 @@ class Runner:
         self._base = base
         self._pool = pool
         self._block_size = block_size
-        shape = (base.layers, kv_blocks, block_size, base.kv_heads, base.head_dim)
+        shape = (base.layers, kv_blocks, base.kv_heads, block_size, base.head_dim)
         self._k_cache = torch.zeros(shape, dtype=base.dtype, device=base.device)
         self._v_cache = torch.zeros(shape, dtype=base.dtype, device=base.device)
         for name, layer in base.adapted.items():

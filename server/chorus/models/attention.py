@@ -17,7 +17,7 @@ NAME = "chorus_paged"
 
 @dataclass(frozen=True, slots=True)
 class StepAttention:
-    """What every layer's attention needs in one step; the caches are [layers, blocks, block_size, H_kv, D]."""
+    """What every layer's attention needs in one step; the caches are [layers, blocks, H_kv, block_size, D]."""
 
     plan: AttentionPlan
     k_cache: Tensor
