@@ -70,13 +70,19 @@ def low_rank(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> Tensor:
     """y[t] += (mid_scale * (x[t] A^T)) B for each row t of each segment; see `reference.low_rank`.
 
     x [T, K], y [T, N], both contiguous; y is changed in place and returned. x may be token ids [T], int64, instead.
+    Gradients flow into y, x, a and b (`low_rank_backward`), not for token ids.
 
     Raises:
         ValueError: x, y and pool do not fit each other or the plan.
     """
     _check_shapes(y, x, pool, plan)
-    if plan.tables is not None and x.dim() == 2 and y.dtype in TRITON_DTYPES:
-        return _on_triton(y, x, pool, plan.tables)
+    runs_triton = plan.tables is not None and x.dim() == 2 and y.dtype in TRITON_DTYPES
+    if runs_triton:
+        _check_for_triton(y, x, pool, plan)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *pool)):
+        return _with_gradient(y, x, pool, plan, runs_triton)
+    if runs_triton:
+        return _on_triton(y, x, pool, plan)
     if y.device.type != "cpu" or plan.tables is not None:
         return reference.low_rank(y, x, pool, plan.segments)
     for piece in plan.pieces:
@@ -84,19 +90,28 @@ def low_rank(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> Tensor:
     return y
 
 
-def _on_triton(y: Tensor, x: Tensor, pool: RankPool, tables: LowRankTables) -> Tensor:
+def _on_triton(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> Tensor:
     from chorus.kernels.low_rank_launch import low_rank_op  # Triton is not everywhere
 
-    for name, tensor in {"y": y, "x": x, **pool._asdict()}.items():
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name}: must be contiguous, has strides {tensor.stride()}")
-        if tensor.device != tables.buffer.device:
-            raise ValueError(f"{name}: on {tensor.device}, the plan is on {tables.buffer.device}")
-    if pool.mid_scale.dtype != torch.float32:
-        raise ValueError(f"pool: mid_scale must be float32, is {pool.mid_scale.dtype}")
-    if tables.geometry.groups:
-        low_rank_op(y, x, *pool, tables.buffer, tables.flat_geometry)
+    assert plan.tables is not None
+    if plan.tables.geometry.groups:
+        low_rank_op(y, x, *pool, plan.tables.buffer, plan.tables.flat_geometry)
     return y
+
+
+def _with_gradient(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan, runs_triton: bool) -> Tensor:
+    from chorus.kernels.low_rank_backward import LowRankFunction
+
+    if x.dim() == 1:
+        raise ValueError("x: token ids have no backward")
+    if pool.mid_scale.requires_grad:
+        raise ValueError("pool: mid_scale has no backward")
+    if not any(s.start < s.end and s.pool_rows for s in plan.segments):
+        return y
+    out: Tensor = LowRankFunction.apply(  # type: ignore[no-untyped-call]
+        y, x, *pool, plan.segments, plan.tables if runs_triton else None
+    )
+    return out
 
 
 class _Piece(Protocol):
@@ -268,3 +283,14 @@ def _check_shapes(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> No
         raise ValueError(f"pool: the plan names {plan.pool_rows} rows; it has {rows}, and scales {scales}")
     if not (y.dtype == pool.a.dtype == pool.b.dtype and (ids or x.dtype == y.dtype)):
         raise ValueError(f"dtypes differ: y {y.dtype}, x {x.dtype}, a {pool.a.dtype}, b {pool.b.dtype}")
+
+
+def _check_for_triton(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> None:
+    assert plan.tables is not None
+    for name, tensor in {"y": y, "x": x, **pool._asdict()}.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: must be contiguous, has strides {tensor.stride()}")
+        if tensor.device != plan.tables.buffer.device:
+            raise ValueError(f"{name}: on {tensor.device}, the plan is on {plan.tables.buffer.device}")
+    if pool.mid_scale.dtype != torch.float32:
+        raise ValueError(f"pool: mid_scale must be float32, is {pool.mid_scale.dtype}")

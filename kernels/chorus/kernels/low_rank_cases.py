@@ -13,6 +13,7 @@ from chorus.kernels.tuning import (
     Family,
     LowRankTiles,
     block_rows,
+    gradient_rule,
     low_rank_tiles,
     rank_blocks,
 )
@@ -31,6 +32,9 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
         for block in rank_blocks(family):
             for case in (_shrink_case(family, dtype, block, tiles, k), _expand_case(family, dtype, block, tiles, n)):
                 cases[f"{case.name} {case.configuration}"] = case
+    for dtype, block, k in product(TYPES, rank_blocks(Family.GROUPED), widths_in):
+        case = _gradient_case(dtype, block, k)
+        cases[f"{case.name} {case.configuration}"] = case
     yield from (cases[key] for key in sorted(cases))
 
 
@@ -70,4 +74,19 @@ def _expand_case(family: Family, dtype: torch.dtype, block: int, tiles: LowRankT
         stages=tiles.expand_stages,
         aligned=frozenset({*pointers, *tables, "columns", "split_stride", *(["N"] if width % 16 == 0 else [])}),
         expects_dot=family is not Family.ROWS and dtype is not torch.float32,
+    )
+
+
+def _gradient_case(dtype: torch.dtype, block: int, width: int) -> CompileCase:
+    rule = gradient_rule(width, dtype)
+    value = f"*{TRITON_TYPES[dtype]}"
+    pointers = {"x_ptr": value, "s_ptr": "*fp32", "out_ptr": value, "tiles_ptr": "*i32", "pages_ptr": "*i32"}
+    return CompileCase(
+        kernel=kernels.weight_gradient,
+        signature=pointers | {"x_rows": "i32", "pool_rows": "i32", "K": "i32", "columns": "i32"},
+        constants={"BLOCK_M": rule.block_m, "BLOCK_R": block, "BLOCK_K": rule.block_k},
+        warps=rule.warps,
+        stages=rule.stages,
+        aligned=frozenset({*pointers, "columns", *(["K"] if width % 16 == 0 else [])}),
+        expects_dot=dtype is not torch.float32,
     )

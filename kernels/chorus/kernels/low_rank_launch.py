@@ -5,14 +5,14 @@ CHORUS_KERNELS_DEBUG=1 compiles the kernels with their assertions: pages within 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from chorus.kernels import triton_low_rank as kernels
 from chorus.kernels.low_rank_tables import Geometry, TileGroup
-from chorus.kernels.tuning import Family, LowRankTiles, arch_of, block_rows, low_rank_tiles
+from chorus.kernels.tuning import Family, LowRankTiles, arch_of, block_rows, gradient_rule, low_rank_tiles
 
 
 @torch.library.custom_op("chorus::low_rank", mutates_args=("y",))
@@ -20,14 +20,7 @@ def low_rank_op(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, mid_scale: Tensor, tables: Tensor, geometry: Sequence[int]
 ) -> None:
     """`low_rank` of x [T, K] onto y [T, N] for a batch's `LowRankTables`. Its arguments are not checked."""
-    how = Geometry.of(geometry)
-    arch = arch_of(y.device)
-    tiles = [low_rank_tiles(group.family, x.shape[1], y.shape[1], y.dtype, arch) for group in how.groups]
-    partial = new_workspace(max(t.split_k for t in tiles), x.shape[0], how.columns, x.device)
-    with torch.cuda.device_of(y):
-        for group, group_tiles in zip(how.groups, tiles, strict=True):
-            _shrink(partial, x, a, mid_scale, tables, how, group, group_tiles)
-            _expand(y, partial, b, tables, how, group, group_tiles)
+    _add(y, x, a, b, mid_scale, tables, Geometry.of(geometry), new_workspace)
 
 
 @low_rank_op.register_fake
@@ -35,9 +28,73 @@ def _(y: Tensor, x: Tensor, a: Tensor, b: Tensor, mid_scale: Tensor, tables: Ten
     return None
 
 
+@torch.library.custom_op("chorus::low_rank_keeping_s", mutates_args=("y",))
+def low_rank_keeping_s_op(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, mid_scale: Tensor, tables: Tensor, geometry: Sequence[int]
+) -> Tensor:
+    """The same, and s [T, columns] float32, 0 where a row has no such rank lane: what the backward needs."""
+    return _add(y, x, a, b, mid_scale, tables, Geometry.of(geometry), _zero_workspace).sum(0)
+
+
+@low_rank_keeping_s_op.register_fake
+def _(y: Tensor, x: Tensor, a: Tensor, b: Tensor, mid_scale: Tensor, tables: Tensor, geometry: Sequence[int]) -> Tensor:
+    return x.new_empty(x.shape[0], geometry[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("chorus::low_rank_weight_gradient", mutates_args=())
+def weight_gradient_op(
+    s: Tensor, x: Tensor, tables: Tensor, pages_at: int, tiles: Tensor, block_rank: int, pool_rows: int
+) -> Tensor:
+    """[pool_rows, K] in x's dtype: s^T x of each segment at its pool rows, 0 elsewhere; see `gradient_tiles`."""
+    out = x.new_zeros(pool_rows, x.shape[1])
+    rule = gradient_rule(x.shape[1], x.dtype)
+    with torch.cuda.device_of(x):
+        kernels.weight_gradient[(tiles.shape[0], -(-x.shape[1] // rule.block_k))](
+            x_ptr=x,
+            s_ptr=s,
+            out_ptr=out,
+            tiles_ptr=tiles,
+            pages_ptr=tables[pages_at:],
+            x_rows=x.shape[0],
+            pool_rows=pool_rows,
+            K=x.shape[1],
+            columns=s.shape[1],
+            BLOCK_M=rule.block_m,
+            BLOCK_R=block_rank,
+            BLOCK_K=rule.block_k,
+            **launch_options(rule.warps, rule.stages),
+        )
+    return out
+
+
+@weight_gradient_op.register_fake
+def _(s: Tensor, x: Tensor, tables: Tensor, pages_at: int, tiles: Tensor, block_rank: int, pool_rows: int) -> Tensor:
+    return x.new_empty(pool_rows, x.shape[1])
+
+
+def _add(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, mid_scale: Tensor, tables: Tensor, how: Geometry,
+    workspace: Callable[[int, int, int, torch.device], Tensor],
+) -> Tensor:  # fmt: skip
+    """Both launches of each family. Returns the partial sums."""
+    arch = arch_of(y.device)
+    tiles = [low_rank_tiles(group.family, x.shape[1], y.shape[1], y.dtype, arch) for group in how.groups]
+    partial = workspace(max(t.split_k for t in tiles), x.shape[0], how.columns, x.device)
+    with torch.cuda.device_of(y):
+        for group, group_tiles in zip(how.groups, tiles, strict=True):
+            _shrink(partial, x, a, mid_scale, tables, how, group, group_tiles)
+            _expand(y, partial, b, tables, how, group, group_tiles)
+    return partial
+
+
 def new_workspace(splits: int, rows: int, columns: int, device: torch.device) -> Tensor:
     """Partial sums [splits, T, columns]; what no tile writes is never read."""
     return torch.empty(splits, rows, columns, dtype=torch.float32, device=device)
+
+
+def _zero_workspace(splits: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """The same where all of it is read: families differ in splits, segments in rank."""
+    return torch.zeros(splits, rows, columns, dtype=torch.float32, device=device)
 
 
 def _shrink(

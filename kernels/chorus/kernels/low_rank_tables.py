@@ -77,6 +77,8 @@ class LowRankTables:
         self.geometry = _geometry(used) if capacity is None else _worst_case(capacity)
         self.flat_geometry = self.geometry.flat()
         self._check(used)
+        self._used = used
+        self._gradient: tuple[int, Tensor] | None = None
         self.buffer = _on_device(_fill(used, self.geometry, capacity), device)
 
     def rewrite(self, segments: Sequence[LowRankSegment]) -> None:
@@ -87,6 +89,28 @@ class LowRankTables:
         self._check(used)
         host = _fill(used, self.geometry, self._capacity)
         self.buffer.copy_(_pinned(host, self.buffer.device), non_blocking=True)
+        self._used, self._gradient = used, None
+
+    def gradient_tiles(self) -> tuple[int, Tensor]:
+        """Rank lanes of a program, and tiles [n, TILE_FIELDS] of whole segments, for the gradients of A and B.
+
+        Raises:
+            ValueError: two segments share pool rows, so that two programs would write them.
+        """
+        if self._gradient is None:
+            block = rank_block(Family.GROUPED, max(len(s.pool_rows) for s in self._used))
+            tiles, pages = [], 0
+            for s in self._used:
+                rank = len(s.pool_rows)
+                for lane in range(0, rank, block):
+                    first_page = pages + lane // PAGE_ROWS
+                    tiles.append((s.start, s.end - s.start, first_page, min(block, rank - lane), lane))
+                pages += _ceil(rank, PAGE_ROWS)
+            owned = [row for s in self._used for row in s.pool_rows]
+            if len(owned) != len(set(owned)):
+                raise ValueError("segments: two share pool rows, whose gradient has one writer")
+            self._gradient = block, _on_device(torch.tensor(tiles, dtype=torch.int32), self.buffer.device)
+        return self._gradient
 
     def _check(self, segments: Sequence[LowRankSegment]) -> None:
         if self._capacity is None or not segments:

@@ -1,4 +1,4 @@
-"""The Triton kernels of `low_rank`: shrink (s = mid_scale * x A^T) and expand (y += s B), and their launches.
+"""The Triton kernels of `low_rank`: shrink (s = mid_scale * x A^T), expand (y += s B), and the gradient of A or B.
 
 A launch covers every tile of one family (`tuning.Family`); what a tile is comes from the tables that
 `low_rank_tables` builds on the host. Between the two kernels lie partial sums, [SPLIT_K, T, columns] float32: the
@@ -153,3 +153,28 @@ def expand_tiles(
         b = tl.load(b_at, mask=held[:, None] & (n < N)[None, :], other=0.0)  # [R, N]
         sums = tl.dot(s.to(b.dtype), b, sums, input_precision="ieee")
     tl.store(y_at, (base.to(tl.float32) + sums).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["x_rows", "pool_rows"])
+def weight_gradient(
+    x_ptr, s_ptr, out_ptr, tiles_ptr, pages_ptr, x_rows, pool_rows, K, columns,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out[pool rows of a segment] = s^T x over the segment's rows, in their order. Grid (tiles, K / BLOCK_K)."""
+    row, rows, first_page, rank, column = _tile(tiles_ptr)
+    tl.device_assert(row + rows <= x_rows, "a tile lies outside of x")
+    lane = tl.arange(0, BLOCK_R)  # [R]
+    pool_row, held = _pool_rows(pages_ptr, first_page, lane, rank, pool_rows)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)  # [K]
+    sums = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    for first in range(0, rows, BLOCK_M):
+        m = first + tl.arange(0, BLOCK_M)  # [M]
+        present = m < rows
+        batch_row = row.to(tl.int64) + m
+        s_at = s_ptr + batch_row[None, :] * columns + column + lane[:, None]
+        s = tl.load(s_at, mask=present[None, :] & held[:, None], other=0.0)  # [R, M]
+        x_at = x_ptr + batch_row[:, None] * K + k[None, :]
+        x = tl.load(x_at, mask=present[:, None] & (k < K)[None, :], other=0.0)  # [M, K]
+        sums = tl.dot(s.to(x.dtype), x, sums, input_precision="ieee")
+    out_at = out_ptr + pool_row[:, None] * K + k[None, :]
+    tl.store(out_at, sums.to(out_ptr.dtype.element_ty), mask=(lane < rank)[:, None] & (k < K)[None, :])

@@ -74,6 +74,19 @@ class ExpandRule:
     evidence: str
 
 
+@dataclass(frozen=True, slots=True)
+class GradientRule:
+    """Tiles of the weight gradient: `block_m` rows of the batch at a time, `block_k` columns of x."""
+
+    itemsize: int
+    vectors: bool
+    block_m: int
+    block_k: int
+    warps: int
+    stages: int
+    evidence: str
+
+
 FAMILY_RULES = (
     FamilyRule(Family.ROWS, 2, 1, 16, "predicted: A is read once a row; from 3 rows on a 16-row tile reads less"),
     FamilyRule(Family.SMALL, 32, 16, 16, "predicted: up to 2 tiles read A twice, from L2; a 64-row tile is half empty"),
@@ -120,6 +133,14 @@ EXPAND_RULES = (
 )
 
 
+GRADIENT_RULES = (
+    GradientRule(2, True, 64, 128, 4, 3, _BYTES + "16 KB of x and 4 to 16 KB of s a stage; K 4096 is 32 programs"),
+    GradientRule(2, False, 32, 64, 8, 2, _ODD),
+    GradientRule(4, True, 32, 32, 8, 2, _FMA),
+    GradientRule(4, False, 32, 32, 8, 2, _FMA),
+)
+
+
 class LowRankTiles(NamedTuple):
     """What the two launches of one family need to know besides the tables."""
 
@@ -162,6 +183,11 @@ def low_rank_tiles(family: Family, k: int, n: int, dtype: torch.dtype, arch: str
     return LowRankTiles(
         shrink.block_k, shrink.split_k, shrink.warps, shrink.stages, expand.block_n, expand.warps, expand.stages
     )
+
+
+def gradient_rule(k: int, dtype: torch.dtype) -> GradientRule:
+    """The row for x of `k` columns."""
+    return next(r for r in GRADIENT_RULES if r.itemsize == dtype.itemsize and r.vectors == (k % 16 == 0))
 
 
 def arch_of(device: torch.device) -> str:
