@@ -23,7 +23,7 @@ class CompileCase:
 
     kernel: Any
     signature: Mapping[str, str]
-    constants: Mapping[str, int | bool | str]
+    constants: Mapping[str, int | bool | str | float]
     warps: int
     stages: int
     aligned: frozenset[str] = frozenset()

@@ -6,7 +6,10 @@ On CPU all decode rows are one call, of one of two families (see `LONG_CONTEXT`)
   into the query axis (0.25 ms a call where `enable_gqa` takes 2.1, 16 rows of 96 tokens);
 - long contexts: nothing is gathered (`paged_decode`).
 
-A prefill chunk is a call of its own. Elsewhere, and for a chunk with a soft cap, the specification runs.
+A prefill chunk is a call of its own; one with a soft cap runs on the specification.
+
+On CUDA the Triton kernels run (`triton_attention`), decodes and chunks in two launches, over tables that the plan
+builds (`attention_tables`).
 """
 
 from collections.abc import Sequence
@@ -17,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chorus.kernels import reference
+from chorus.kernels.attention_tables import AttentionTables, Capacity, attention_tables
+from chorus.kernels.attention_tuning import attend_tiles
 from chorus.kernels.paged_decode import DecodePages, decode_by_pages
 from chorus.kernels.types import AttentionRow
 
@@ -28,10 +33,22 @@ LONG_CONTEXT = 384
 class AttentionPlan:
     """One batch's attention work, shared by all layers: where new keys go, and who attends to what.
 
-    `rows` lists the batch's sequences in order; together they cover rows 0..T. Immutable once made.
+    `rows` lists the batch's sequences in order; together they cover rows 0..T. Immutable once made. `triton` says
+    whether Triton runs (on CUDA if None); a `capacity` gives its tables one size for all batches.
     """
 
-    def __init__(self, rows: Sequence[AttentionRow], block_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        rows: Sequence[AttentionRow],
+        block_size: int,
+        device: torch.device,
+        capacity: Capacity | None = None,
+        *,
+        triton: bool | None = None,
+    ) -> None:
+        self.runs_triton = device.type == "cuda" if triton is None else triton
+        self._capacity = capacity
+        self._tables: dict[tuple[int, int | None], AttentionTables] = {}
         self.rows = tuple(rows)
         self.block_size = block_size
         self.slots = torch.tensor(_slots(self.rows, block_size), dtype=torch.int64, device=device)  # [T]
@@ -41,6 +58,14 @@ class AttentionPlan:
         self.decode_rows = torch.tensor([row.start for row in self.decodes], dtype=torch.int64, device=device)  # [R]
         self._visible: dict[int | None, Tensor] = {}
         self._pages: dict[int | None, DecodePages] = {}
+
+    def tables(self, group: int, window: int | None) -> AttentionTables:
+        """For the Triton kernels, with `group` query heads to a key head."""
+        key = group, window
+        if key not in self._tables:
+            made = attention_tables(self.rows, self.block_size, group, window, self.slots.device, self._capacity)
+            self._tables[key] = made
+        return self._tables[key]
 
     @cached_property
     def decode_blocks(self) -> Tensor:
@@ -74,6 +99,11 @@ class AttentionPlan:
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Writes row t's key and value to cache position slots[t]; see `reference.store_kv`."""
+    if key.device.type == "cuda":
+        from chorus.kernels.attention_launch import store_kv_op
+
+        store_kv_op(key, value, k_cache, v_cache, slots)
+        return
     block_size = k_cache.shape[2]
     block, offset = slots // block_size, slots % block_size
     for cache, new in ((k_cache, key), (v_cache, value)):
@@ -99,6 +129,8 @@ def paged_attention(
         raise ValueError(
             f"query: {tuple(query.shape)} does not fit {k_cache.shape[1]} key heads and {plan.slots.shape[0]} rows"
         )
+    if plan.runs_triton and attend_tiles(query.shape[2], query.dtype, ""):
+        return _on_triton(query, k_cache, v_cache, plan, scale, window, soft_cap)
     if query.device.type != "cpu" or (soft_cap is not None and plan.prefills):
         return reference.paged_attention(
             query, k_cache, v_cache, plan.rows, scale=scale, window=window, soft_cap=soft_cap
@@ -115,6 +147,27 @@ def paged_attention(
     for row, blocks in zip(plan.prefills, plan.prefill_blocks, strict=True):
         out[row.start : row.end] = _prefill(query[row.start : row.end], k_cache, v_cache, row, blocks, scale, window)
     return out
+
+
+def _on_triton(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Tensor:
+    from chorus.kernels.attention_launch import paged_attention_op
+
+    for name, tensor in (("query", query), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if not tensor.is_contiguous() or tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(f"{name}: want a contiguous tensor of the query's dtype on its device")
+    tables, geometry = plan.tables(query.shape[1] // k_cache.shape[1], window)
+    attended: Tensor = paged_attention_op(
+        query, k_cache, v_cache, tables, geometry, scale, window or 0, soft_cap or 0.0
+    )
+    return attended
 
 
 def _decode_gathered(

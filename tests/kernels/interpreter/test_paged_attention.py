@@ -1,0 +1,133 @@
+"""store_kv and paged_attention on Triton, in the interpreter, against dense float64 attention, sequence by sequence."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from chorus.kernels import AttentionPlan, AttentionRow, paged_attention, reference
+from chorus.kernels.attention_launch import paged_attention_op, store_kv_op
+from chorus.kernels.attention_tables import Capacity
+
+CPU = torch.device("cpu")
+BLOCK = 16
+# RMS(err) / RMS(ref), and max |err| / RMS(ref) beside it.
+BOUND = {torch.float32: (1e-5, 1e-4), torch.float16: (4e-3, 4e-2), torch.bfloat16: (4e-3, 4e-2)}
+
+
+def batch(
+    lengths: list[tuple[int, int]], heads: tuple[int, int], dim: int, dtype: torch.dtype, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[AttentionRow]]:
+    """Query, caches and rows of (new, old) tokens; pages scattered, full of others' keys where they are not theirs."""
+    generator = torch.Generator().manual_seed(seed)
+    pages = sum(-(-(new + old) // BLOCK) for new, old in lengths) + 2
+    free = torch.randperm(pages, generator=generator).tolist()
+    rows, start = [], 0
+    for new, old in lengths:
+        rows.append(AttentionRow(start, start + new, new + old, [free.pop() for _ in range(-(-(new + old) // BLOCK))]))
+        start += new
+    query = torch.randn(start, heads[0], dim, generator=generator).to(dtype)
+    k_cache, v_cache = (torch.randn(pages, heads[1], BLOCK, dim, generator=generator).to(dtype) for _ in range(2))
+    return query, k_cache, v_cache, rows
+
+
+def check(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    error, scale = got.double() - expected, float(expected.square().mean().sqrt())
+    rms_bound, max_bound = BOUND[dtype]
+    assert float(error.square().mean().sqrt()) <= rms_bound * scale
+    assert float(error.abs().max()) <= max_bound * scale
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.sampled_from([1, 1, 2, 17, 40]), st.integers(0, 70)), min_size=1, max_size=4),
+    heads=st.sampled_from([(1, 1), (4, 1), (6, 2), (3, 3)]),
+    dim=st.sampled_from([8, 16, 24, 64]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    window=st.sampled_from([None, 1, 20]),
+    cap=st.sampled_from([None, 2.0]),
+    seed=st.integers(0, 99),
+)
+@example([(1, 1100), (1, 0), (1, 511), (1, 512)], (4, 2), 16, torch.float32, None, None, 1)
+@example([(1, 1100), (1, 600)], (2, 1), 16, torch.bfloat16, 600, 2.0, 2)
+def test_mixed_batch_equals_dense_attention(
+    lengths: list[tuple[int, int]],
+    heads: tuple[int, int],
+    dim: int,
+    dtype: torch.dtype,
+    window: int | None,
+    cap: float | None,
+    seed: int,
+) -> None:
+    """Decodes, some over contexts that are cut, and chunks over prefixes; the same bits again."""
+    query, k_cache, v_cache, rows = batch(lengths, heads, dim, dtype, seed)
+    plan = AttentionPlan(rows, BLOCK, CPU, triton=True)
+    options: dict[str, Any] = {"scale": dim**-0.5, "window": window, "soft_cap": cap}
+    got, again = (paged_attention(query, k_cache, v_cache, plan, **options) for _ in range(2))
+    exact = reference.paged_attention(query.double(), k_cache.double(), v_cache.double(), rows, **options)
+    check(got, exact, dtype)
+    assert torch.equal(got, again)
+
+
+def test_a_row_has_the_same_bits_in_every_batch() -> None:
+    lengths = [(1, 700), (1, 30), (20, 5)]
+    query, k_cache, v_cache, rows = batch(lengths, (4, 2), 16, torch.float32, 3)
+    together = paged_attention(query, k_cache, v_cache, AttentionPlan(rows, BLOCK, CPU, triton=True), scale=0.25)
+    for row in rows:
+        count = row.end - row.start
+        alone = AttentionPlan([AttentionRow(0, count, row.context, row.blocks)], BLOCK, CPU, triton=True)
+        part = query[row.start : row.end].contiguous()
+        assert torch.equal(paged_attention(part, k_cache, v_cache, alone, scale=0.25), together[row.start : row.end])
+
+
+def test_tables_of_a_capacity_have_one_size_and_give_the_same() -> None:
+    capacity = Capacity(decode_items=8, prefill_items=3, merges=2, parts=6, pages=100)
+    sizes = set()
+    for lengths in ([(1, 700), (1, 30), (20, 5)], [(1, 3)], [(1, 1000), (1, 520), (1, 0)]):
+        query, k_cache, v_cache, rows = batch(lengths, (4, 2), 16, torch.float32, 4)
+        plans = [AttentionPlan(rows, BLOCK, CPU, c, triton=True) for c in (None, capacity)]
+        exactly, roomy = (paged_attention(query, k_cache, v_cache, plan, scale=0.25) for plan in plans)
+        assert torch.equal(exactly, roomy)
+        tables = plans[1].tables(2, None)
+        sizes.add((tables.tables.shape, tables.geometry))
+    assert len(sizes) == 1
+    with pytest.raises(ValueError, match="capacity is 8"):
+        AttentionPlan(batch([(1, 0)] * 9, (1, 1), 8, torch.float32, 0)[3], BLOCK, CPU, capacity, triton=True).tables(
+            1, None
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_store_kv_equals_its_specification(dtype: torch.dtype, heads_first: bool) -> None:
+    """Also from keys as rotary embeddings leave them, heads before rows; nothing that overflows is kept."""
+    key, value = torch.randn(5, 3, 24).to(dtype), torch.randn(5, 3, 24).to(dtype)
+    key[1, 0, 0], value[2, 1, 3], key[2, 0, 1], value[0, 0, 0] = float("nan"), float("inf"), 3e38, -3e38
+    if heads_first:
+        key, value = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (key, value))
+    slots = torch.tensor([9, 0, 33, 47, 16])
+    caches = [(torch.ones(3, 3, BLOCK, 24, dtype=dtype), torch.ones(3, 3, BLOCK, 24, dtype=dtype)) for _ in range(2)]
+    store_kv_op(key, value, *caches[0], slots)
+    reference.store_kv(key, value, *caches[1], slots)
+    for fast, spec in zip(*caches, strict=True):
+        assert torch.equal(fast, spec)
+
+
+def test_the_ops_are_what_torch_expects_of_ops() -> None:
+    query, k_cache, v_cache, rows = batch([(1, 20), (3, 4)], (4, 2), 16, torch.float32, 5)
+    plan = AttentionPlan(rows, BLOCK, CPU, triton=True)
+    tables, geometry = plan.tables(2, None)
+    torch.library.opcheck(paged_attention_op, (query, k_cache, v_cache, tables, geometry, 0.25, 0, 0.0))
+    key, value = torch.randn(4, 2, 16), torch.randn(4, 2, 16)
+    torch.library.opcheck(store_kv_op, (key, value, k_cache, v_cache, plan.slots))
+
+
+@pytest.mark.parametrize("name", ["query", "k_cache", "v_cache"])
+def test_what_the_kernels_can_not_read_is_refused_by_name(name: str) -> None:
+    query, k_cache, v_cache, rows = batch([(1, 20)], (4, 2), 16, torch.float32, 6)
+    given_: dict[str, Any] = {"query": query, "k_cache": k_cache, "v_cache": v_cache}
+    given_[name] = given_[name].transpose(-1, -2).contiguous().transpose(-1, -2)
+    with pytest.raises(ValueError, match=name):
+        paged_attention(**given_, plan=AttentionPlan(rows, BLOCK, CPU, triton=True), scale=1.0)
