@@ -5,7 +5,7 @@ TORCH ?= "torch>=2.11,<2.14"
 
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := kernels server trainer benchmarks tests
+SOURCES := protos/api_page.py kernels server trainer benchmarks tests
 PROTOS := $(shell find protos -name '*.proto' | LC_ALL=C sort)
 
 .PHONY: demo test lint types protos protos-check kernels-compile bench gpu setup clean
@@ -29,10 +29,12 @@ types: setup
 protos: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" python -m grpc_tools.protoc -Iprotos --python_out=protos --grpc_python_out=protos \
 		--mypy_out=quiet:protos --mypy_grpc_out=quiet:protos $(PROTOS)
+	$(BIN)/python protos/api_page.py docs/api.md
 
-# The committed stubs are what the protos generate.
+# The committed stubs, and the page about them, are what the protos generate.
 protos-check: protos
-	@test -z "$$(git status --porcelain -- protos)" || { git status --short -- protos; echo "stubs are stale: run make protos and commit"; exit 1; }
+	@test -z "$$(git status --porcelain -- protos docs/api.md)" || \
+		{ git status --short -- protos docs/api.md; echo "stubs are stale: run make protos and commit"; exit 1; }
 
 # Every Triton kernel for four GPUs, without one: fails on a spill, on too much shared memory, on a dot left to FMA.
 kernels-compile: setup

@@ -39,8 +39,11 @@ class AdaptersStub:
     `request_id` and by content.
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapter_pb2.Adapter]
+    """Gets one adapter of any tenant."""
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
+    """Lists a tenant's adapters, or everybody's."""
     ListVersions: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListVersionsRequest, _adapters_pb2.ListVersionsResponse]
+    """Lists an adapter's versions, oldest first."""
     SetAlias: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapter_pb2.Adapter]
     """Moves an alias to a version, atomically."""
     DeleteVersion: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteVersionRequest, _adapters_pb2.DeleteVersionResponse]
@@ -50,6 +53,7 @@ class AdaptersStub:
     PinVersion: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.PinVersionRequest, _adapter_pb2.AdapterVersion]
     """Keeps a version on the device; loads it if need be."""
     UnpinVersion: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnpinVersionRequest, _adapter_pb2.AdapterVersion]
+    """Lets a version be evicted again."""
     PrefetchVersion: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.PrefetchVersionRequest, _adapters_pb2.PrefetchVersionResponse]
     """Loads a version before the first call needs it."""
     GetResidency: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetResidencyRequest, _adapters_pb2.GetResidencyResponse]
@@ -57,9 +61,13 @@ class AdaptersStub:
     Drain: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DrainRequest, _adapters_pb2.DrainResponse]
     """Stops taking requests, lets the running ones finish, then ends the process."""
     CreateTenant: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.CreateTenantRequest, _adapters_pb2.Tenant]
+    """Creates a tenant."""
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.CreateApiKeyRequest, _adapters_pb2.CreateApiKeyResponse]
+    """Makes a key for a tenant; it is shown once."""
     RevokeApiKey: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.RevokeApiKeyRequest, _adapters_pb2.RevokeApiKeyResponse]
+    """Ends a key."""
     SetQuota: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.SetQuotaRequest, _adapters_pb2.SetQuotaResponse]
+    """Limits what a tenant may use."""
 
 @_typing.type_check_only
 class AdaptersAsyncStub(AdaptersStub):
@@ -71,8 +79,11 @@ class AdaptersAsyncStub(AdaptersStub):
     `request_id` and by content.
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapter_pb2.Adapter]  # type: ignore[assignment]
+    """Gets one adapter of any tenant."""
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
+    """Lists a tenant's adapters, or everybody's."""
     ListVersions: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListVersionsRequest, _adapters_pb2.ListVersionsResponse]  # type: ignore[assignment]
+    """Lists an adapter's versions, oldest first."""
     SetAlias: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SetAliasRequest, _adapter_pb2.Adapter]  # type: ignore[assignment]
     """Moves an alias to a version, atomically."""
     DeleteVersion: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteVersionRequest, _adapters_pb2.DeleteVersionResponse]  # type: ignore[assignment]
@@ -82,6 +93,7 @@ class AdaptersAsyncStub(AdaptersStub):
     PinVersion: _aio.UnaryUnaryMultiCallable[_adapters_pb2.PinVersionRequest, _adapter_pb2.AdapterVersion]  # type: ignore[assignment]
     """Keeps a version on the device; loads it if need be."""
     UnpinVersion: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnpinVersionRequest, _adapter_pb2.AdapterVersion]  # type: ignore[assignment]
+    """Lets a version be evicted again."""
     PrefetchVersion: _aio.UnaryUnaryMultiCallable[_adapters_pb2.PrefetchVersionRequest, _adapters_pb2.PrefetchVersionResponse]  # type: ignore[assignment]
     """Loads a version before the first call needs it."""
     GetResidency: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetResidencyRequest, _adapters_pb2.GetResidencyResponse]  # type: ignore[assignment]
@@ -89,9 +101,13 @@ class AdaptersAsyncStub(AdaptersStub):
     Drain: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DrainRequest, _adapters_pb2.DrainResponse]  # type: ignore[assignment]
     """Stops taking requests, lets the running ones finish, then ends the process."""
     CreateTenant: _aio.UnaryUnaryMultiCallable[_adapters_pb2.CreateTenantRequest, _adapters_pb2.Tenant]  # type: ignore[assignment]
+    """Creates a tenant."""
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_adapters_pb2.CreateApiKeyRequest, _adapters_pb2.CreateApiKeyResponse]  # type: ignore[assignment]
+    """Makes a key for a tenant; it is shown once."""
     RevokeApiKey: _aio.UnaryUnaryMultiCallable[_adapters_pb2.RevokeApiKeyRequest, _adapters_pb2.RevokeApiKeyResponse]  # type: ignore[assignment]
+    """Ends a key."""
     SetQuota: _aio.UnaryUnaryMultiCallable[_adapters_pb2.SetQuotaRequest, _adapters_pb2.SetQuotaResponse]  # type: ignore[assignment]
+    """Limits what a tenant may use."""
 
 class AdaptersServicer(metaclass=_abc_1.ABCMeta):
     """What operators call, on a port of its own."""
@@ -111,21 +127,24 @@ class AdaptersServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _adapters_pb2.GetAdapterRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_adapter_pb2.Adapter, _abc.Awaitable[_adapter_pb2.Adapter]]: ...
+    ) -> _typing.Union[_adapter_pb2.Adapter, _abc.Awaitable[_adapter_pb2.Adapter]]:
+        """Gets one adapter of any tenant."""
 
     @_abc_1.abstractmethod
     def ListAdapters(
         self,
         request: _adapters_pb2.ListAdaptersRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_adapters_pb2.ListAdaptersResponse, _abc.Awaitable[_adapters_pb2.ListAdaptersResponse]]: ...
+    ) -> _typing.Union[_adapters_pb2.ListAdaptersResponse, _abc.Awaitable[_adapters_pb2.ListAdaptersResponse]]:
+        """Lists a tenant's adapters, or everybody's."""
 
     @_abc_1.abstractmethod
     def ListVersions(
         self,
         request: _adapters_pb2.ListVersionsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_adapters_pb2.ListVersionsResponse, _abc.Awaitable[_adapters_pb2.ListVersionsResponse]]: ...
+    ) -> _typing.Union[_adapters_pb2.ListVersionsResponse, _abc.Awaitable[_adapters_pb2.ListVersionsResponse]]:
+        """Lists an adapter's versions, oldest first."""
 
     @_abc_1.abstractmethod
     def SetAlias(
@@ -164,7 +183,8 @@ class AdaptersServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _adapters_pb2.UnpinVersionRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_adapter_pb2.AdapterVersion, _abc.Awaitable[_adapter_pb2.AdapterVersion]]: ...
+    ) -> _typing.Union[_adapter_pb2.AdapterVersion, _abc.Awaitable[_adapter_pb2.AdapterVersion]]:
+        """Lets a version be evicted again."""
 
     @_abc_1.abstractmethod
     def PrefetchVersion(
@@ -195,27 +215,31 @@ class AdaptersServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _adapters_pb2.CreateTenantRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_adapters_pb2.Tenant, _abc.Awaitable[_adapters_pb2.Tenant]]: ...
+    ) -> _typing.Union[_adapters_pb2.Tenant, _abc.Awaitable[_adapters_pb2.Tenant]]:
+        """Creates a tenant."""
 
     @_abc_1.abstractmethod
     def CreateApiKey(
         self,
         request: _adapters_pb2.CreateApiKeyRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_adapters_pb2.CreateApiKeyResponse, _abc.Awaitable[_adapters_pb2.CreateApiKeyResponse]]: ...
+    ) -> _typing.Union[_adapters_pb2.CreateApiKeyResponse, _abc.Awaitable[_adapters_pb2.CreateApiKeyResponse]]:
+        """Makes a key for a tenant; it is shown once."""
 
     @_abc_1.abstractmethod
     def RevokeApiKey(
         self,
         request: _adapters_pb2.RevokeApiKeyRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_adapters_pb2.RevokeApiKeyResponse, _abc.Awaitable[_adapters_pb2.RevokeApiKeyResponse]]: ...
+    ) -> _typing.Union[_adapters_pb2.RevokeApiKeyResponse, _abc.Awaitable[_adapters_pb2.RevokeApiKeyResponse]]:
+        """Ends a key."""
 
     @_abc_1.abstractmethod
     def SetQuota(
         self,
         request: _adapters_pb2.SetQuotaRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_adapters_pb2.SetQuotaResponse, _abc.Awaitable[_adapters_pb2.SetQuotaResponse]]: ...
+    ) -> _typing.Union[_adapters_pb2.SetQuotaResponse, _abc.Awaitable[_adapters_pb2.SetQuotaResponse]]:
+        """Limits what a tenant may use."""
 
 def add_AdaptersServicer_to_server(servicer: AdaptersServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
