@@ -48,6 +48,7 @@ gpu: export PYTHONPATH := protos:kernels:server:trainer
 gpu:
 	@$(PYTHON) benchmarks/require.py torch transformers peft safetensors pydantic yaml pytest hypothesis psutil
 	$(PYTHON) -m pytest -m gpu -p no:asyncio -o asyncio_mode= -o asyncio_default_fixture_loop_scope= -W ignore::pytest.PytestConfigWarning
+	$(PYTHON) benchmarks/kernels.py --device cuda --json
 	$(PYTHON) benchmarks/engine.py --device cuda --json
 
 setup: $(VENV)/.dev
