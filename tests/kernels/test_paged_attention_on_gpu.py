@@ -1,0 +1,67 @@
+"""store_kv and paged_attention on a CUDA device, against dense float64 attention; replayed in a CUDA graph."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from chorus.kernels import AttentionPlan, paged_attention, reference, store_kv
+from chorus.kernels.attention_tables import Capacity
+from support.attention import BLOCK, batch, check
+
+CUDA = torch.device("cuda")
+MIXED = [(1, 2047), (1, 0), (1, 511), (1, 1100), (100, 33), (17, 0)]
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("heads", "dim"), [((32, 8), 128), ((8, 8), 64), ((16, 2), 80), ((8, 1), 256)])
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (600, 5.0)])
+def test_mixed_batch_equals_dense_attention(
+    dtype: torch.dtype, heads: tuple[int, int], dim: int, window: int | None, cap: float | None
+) -> None:
+    query, k_cache, v_cache, rows = batch(MIXED, heads, dim, dtype, dim)
+    options: dict[str, Any] = {"scale": dim**-0.5, "window": window, "soft_cap": cap}
+    plan = AttentionPlan(rows, BLOCK, CUDA)
+    here = query.cuda(), k_cache.cuda(), v_cache.cuda()
+    got, again = (paged_attention(*here, plan, **options) for _ in range(2))
+    check(
+        got.cpu(), reference.paged_attention(query.double(), k_cache.double(), v_cache.double(), rows, **options), dtype
+    )
+    assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_store_kv_equals_its_specification(dtype: torch.dtype) -> None:
+    key, value = (torch.randn(4, 5, 128, device=CUDA).to(dtype).transpose(0, 1) for _ in range(2))
+    key[1, 0, 0], value[2, 1, 3] = float("nan"), 3e38
+    slots = torch.tensor([9, 0, 33, 47, 16], device=CUDA)
+    caches = [[torch.ones(3, 4, BLOCK, 128, dtype=dtype, device=CUDA) for _ in range(2)] for _ in range(2)]
+    store_kv(key, value, *caches[0], slots)
+    reference.store_kv(key, value, *caches[1], slots)
+    for fast, spec in zip(*caches, strict=True):
+        assert torch.equal(fast, spec)
+
+
+def test_a_graph_replays_other_batches_of_its_capacity() -> None:
+    """Captured over one batch, replayed over another whose tables are written into the same buffer."""
+    capacity = Capacity(decode_items=32, prefill_items=16, merges=8, parts=24, pages=400)
+    first, second = (batch(lengths, (8, 2), 64, torch.bfloat16, 1) for lengths in (MIXED, [(1, 900)] * 6 + [(115, 9)]))
+    query, k_cache, v_cache = (tensor.cuda() for tensor in first[:3])
+    pages = torch.zeros(400, *k_cache.shape[1:], dtype=k_cache.dtype, device=CUDA)
+    k_pages, v_pages = pages.clone(), pages.clone()
+    plan = AttentionPlan(first[3], BLOCK, CUDA, capacity)
+    paged_attention(query, k_pages, v_pages, plan, scale=0.125)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = paged_attention(query, k_pages, v_pages, plan, scale=0.125)
+    for given, k, v, rows in (first, second):
+        assert given.shape == query.shape
+        query.copy_(given)
+        k_pages[: len(k)].copy_(k)
+        v_pages[: len(v)].copy_(v)
+        plan.tables(4, None).tables.copy_(AttentionPlan(rows, BLOCK, CUDA, capacity).tables(4, None).tables)
+        graph.replay()
+        expected = reference.paged_attention(given.double(), k.double(), v.double(), rows, scale=0.125)
+        check(out.cpu(), expected, torch.bfloat16)
