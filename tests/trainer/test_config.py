@@ -71,6 +71,7 @@ def test_set_overrides_with_yaml_values(tmp_path: Path) -> None:
         (MINIMAL + "lora: {target_modules: []}", "lora.target_modules", "all-linear"),
         (MINIMAL + "lora: {target_modules: '*q'}", "lora.target_modules", "regular expression"),
         ("data: {train: a, validation: b, validation_fraction: 0.1}", "data", "both set"),
+        ("data: {train: a, packing: true}", "data", "packing needs max_length"),
         ("data: {train: a, validation_fraction: 1.5}", "data.validation_fraction", "less than 1"),
     ],
 )
@@ -82,6 +83,41 @@ def test_a_bad_file_gives_one_line_naming_the_key(tmp_path: Path, text: str, key
     assert f"{key}: " in message
     assert what in message
     assert message.count(key) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        ("train.lerning_rate", "did you mean learning_rate? train has the keys steps, epochs, batch_size, "),
+        ("trian.steps", "did you mean train? the file has the keys base, data, lora, train, task"),
+        ("learning_rate", "did you mean train.learning_rate? the file has the keys base, "),
+        ("lora.xyzzy", "unknown key; lora has the keys rank, alpha, dropout, target_modules, rslora"),
+        ("data.max_lenght", "did you mean max_length? data has the keys train, "),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_and_the_sections(tmp_path: Path, key: str, what: str) -> None:
+    """In the file and on the command line alike, in one line."""
+    section, _, name = key.rpartition(".")
+    text = {"data": f"data: {{train: train.jsonl, {name}: 1}}\n"}.get(
+        section, MINIMAL + (f"{section}: {{{name}: 1}}\n" if section else f"{name}: 1\n")
+    )
+    for arguments in ((text,), (MINIMAL, f"{key}=1")):
+        with pytest.raises(InvalidArgument) as caught:
+            load(tmp_path, *arguments)
+        assert what in caught.value.message
+        assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("where", ["chat.jinja", "{{ messages }}"])
+def test_a_chat_template_is_a_files_or_itself(tmp_path: Path, where: str) -> None:
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    config = load(tmp_path, f"data: {{train: t.jsonl, chat_template: '{where}'}}\n")
+    assert config.data.chat_template == "{{ messages }}"
+
+
+def test_a_chat_template_that_is_no_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"^data\.chat_template: .*gone\.jinja: No such file"):
+        load(tmp_path, "data: {train: t.jsonl, chat_template: gone.jinja}\n")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from chorus.cli.lazy import describe
-from chorus.cli.output import complain, print_json, print_table
+from chorus.cli.output import complain, mebibytes, print_json, print_table
 from chorus.errors import ChorusError, InvalidArgument
 from chorus.trainer.config import TrainConfig, load_config
 from chorus.trainer.interrupts import Interrupted, Terminated, stop_on_signals
@@ -24,6 +24,7 @@ from chorus.trainer.publish import DEFAULT_ALIAS, Destination
 from chorus.trainer.publish import publish as push
 
 if TYPE_CHECKING:
+    from chorus.trainer.dry_run import DryRun
     from chorus.trainer.loop import TrainResult
     from chorus.trainer.records import Record
 
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file: base, data, lora, train, task.", show_default=False)],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the adapter; must not exist.", show_default=False)
-    ],
+        Path | None, typer.Option("--output", "-o", help="Folder for the adapter; must not exist.", show_default=False)
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Overrides one key of the file; repeatable."),
@@ -50,6 +51,9 @@ def train(
     alias: Annotated[
         str | None, typer.Option(help="The alias that --publish moves; live if not given.", show_default=False)
     ] = None,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Tell parameters, memory, tokens and samples; train nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON line.")] = False,
 ) -> None:
     """Train a LoRA adapter on JSONL of {"prompt", "completion"}.
@@ -57,6 +61,8 @@ def train(
     Example: chorus train acme.yaml --output adapters/acme --set train.steps=200
 
     Example: chorus train acme.yaml -o adapters/acme --publish 127.0.0.1:50052 acme/support
+
+    Example: chorus train acme.yaml --dry-run
 
     Only completions are learned. Same seed, data and machine: same adapter, bit for bit.
 
@@ -71,6 +77,11 @@ def train(
     except InvalidArgument as error:
         complain(error.message)
         raise typer.Exit(2) from None
+    if dry:
+        _dry_run(settings, as_json=as_json)
+        return
+    if output is None:
+        raise typer.BadParameter("needed, unless with --dry-run", param_hint="'--output' / '-o'")
     result = _run(settings, output, resume=resume)
     for warning in result.data.warnings():
         complain(f"warning: {warning}")
@@ -122,6 +133,38 @@ def _run(config: TrainConfig, output: Path, *, resume: bool) -> "TrainResult":
         except Terminated:
             complain("terminated")
             raise SystemExit(128 + signal.SIGTERM) from None
+
+
+def _dry_run(config: TrainConfig, *, as_json: bool) -> None:
+    console = Console(stderr=True)
+    with console.status("loading the base") if console.is_terminal else nullcontext():
+        from chorus.trainer.dry_run import dry_run
+
+        plan = dry_run(config)
+    for warning in plan.data.warnings():
+        complain(f"warning: {warning}")
+    if as_json:
+        print_json(asdict(plan))
+    else:
+        _print_plan(plan)
+
+
+def _print_plan(plan: "DryRun") -> None:
+    share = plan.trainable_parameters / plan.base_parameters
+    rows = [
+        ("trainable parameters", f"{plan.trainable_parameters:,} ({share:.2%} of {plan.base_parameters:,})"),
+        *((name, mebibytes(size)) for name, size in asdict(plan.memory).items()),
+        ("memory in all, about", mebibytes(plan.memory.total)),
+        ("examples", f"{plan.examples:,}"),
+        ("tokens an epoch", f"{plan.tokens_per_epoch:,}, {plan.learned_tokens_per_epoch:,} of them learned"),
+        ("steps", f"{plan.steps:,}, {plan.steps_per_epoch:,} an epoch"),
+    ]
+    print_table(("", ""), rows, empty="")
+    if packing := plan.data.packed():
+        print(packing)
+    for i, sample in enumerate(plan.samples, 1):
+        print(f"\nsample {i}, what is learned in [[ ]]:")
+        print("".join(f"[[{piece.text}]]" if piece.learned else piece.text for piece in sample))
 
 
 @contextmanager

@@ -6,8 +6,9 @@ exist, is the file readable) is checked where they are read, before the first st
 
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -215,7 +216,7 @@ def _one_line(path: Path, error: ValidationError) -> InvalidArgument:
         key = ".".join(str(part) for part in problem["loc"]) or "config"
         what = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            what = "unknown key"
+            what = f"unknown key; {_known(problem['loc'])}"
         elif problem["type"] == "missing":
             what = "is required"
         elif not isinstance(problem["input"], dict | BaseModel):
@@ -223,6 +224,24 @@ def _one_line(path: Path, error: ValidationError) -> InvalidArgument:
         violations.append(FieldViolation(key, what))
     text = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
     return InvalidArgument(f"{path}: {text}", reason="BAD_CONFIG", violations=violations)
+
+
+def _known(path: tuple[int | str, ...]) -> str:
+    """What was probably meant by an unknown key, and the keys that its section has."""
+    *sections, last = map(str, path)
+    sought: type[BaseModel] = TrainConfig
+    for section in sections:
+        sought = cast(type[BaseModel], sought.model_fields[section].annotation)
+    keys = list(sought.model_fields)
+    elsewhere = {
+        name: f"{section}.{name}"
+        for section, field in TrainConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        for name in field.annotation.model_fields
+    }
+    close = get_close_matches(last, keys, n=1) or [elsewhere[name] for name in get_close_matches(last, elsewhere, n=1)]
+    meant = f"did you mean {close[0]}? " if close else ""
+    return f"{meant}{'.'.join(sections) or 'the file'} has the keys {', '.join(keys)}"
 
 
 def _resolve(config: TrainConfig, folder: Path) -> TrainConfig:
