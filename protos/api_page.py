@@ -84,12 +84,9 @@ class Page:
                     parts += self._enum(file, enum, i)
         return "\n".join(parts)
 
-    def methods(self) -> Iterator[tuple[str, str]]:
-        """Each RPC and its comment."""
-        for file in self._files:
-            for i, service in enumerate(file.service):
-                for j, method in enumerate(service.method):
-                    yield f"{service.name}.{method.name}", self._said(file, SERVICE, i, METHOD, j)
+    def without_comment(self) -> list[str]:
+        """Services, RPCs, messages, fields, enums and values that say nothing of themselves."""
+        return [name for file in self._files for name, path in _everything(file) if not self._said(file, *path)]
 
     def _method(self, file: FileDescriptorProto, method: MethodDescriptorProto, path: tuple[int, ...]) -> str:
         takes = ("stream " if method.client_streaming else "") + _link(method.input_type)
@@ -125,6 +122,22 @@ class Page:
 
     def _said(self, file: FileDescriptorProto, *path: int) -> str:
         return self._comments.get((file.name, path), "")
+
+
+def _everything(file: FileDescriptorProto) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """All that is defined in a file, and where its comment is kept."""
+    for i, service in enumerate(file.service):
+        yield service.name, (SERVICE, i)
+        for j, method in enumerate(service.method):
+            yield f"{service.name}.{method.name}", (SERVICE, i, METHOD, j)
+    for i, message in enumerate(file.message_type):
+        yield message.name, (MESSAGE, i)
+        for j, field in enumerate(message.field):
+            yield f"{message.name}.{field.name}", (MESSAGE, i, FIELD, j)
+    for i, enum in enumerate(file.enum_type):
+        yield enum.name, (ENUM, i)
+        for j, value in enumerate(enum.value):
+            yield f"{enum.name}.{value.name}", (ENUM, i, VALUE, j)
 
 
 def read() -> Page:

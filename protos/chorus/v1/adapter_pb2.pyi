@@ -62,9 +62,13 @@ class Adapter(_message.Message):
         """Alias to version digest. A call that names no alias means `live`."""
 
     @_builtins.property
-    def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When its first version was pushed."""
+
     @_builtins.property
-    def update_time(self) -> _timestamp_pb2.Timestamp: ...
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When an alias or a version changed last."""
+
     def __init__(
         self,
         *,
@@ -145,7 +149,9 @@ class AdapterVersion(_message.Message):
     for versions that were stored before it was kept.
     """
     @_builtins.property
-    def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was pushed."""
+
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """From task.json: measured at export, for example `validation_loss`."""

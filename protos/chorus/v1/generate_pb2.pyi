@@ -27,6 +27,7 @@ class _FinishReason:
 class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishReason.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
+    """It has not ended."""
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
     """The end-of-sequence token or one of `stop_token_ids`."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
@@ -36,9 +37,11 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_ABORTED: _FinishReason.ValueType  # 4
     """Aborted by the server."""
 
-class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
+class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
+    """Why an output ended."""
 
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
+"""It has not ended."""
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
 """The end-of-sequence token or one of `stop_token_ids`."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
@@ -51,6 +54,8 @@ Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
+    """A prompt, and how to complete it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
@@ -81,7 +86,9 @@ class GenerateRequest(_message.Message):
         """
 
     @_builtins.property
-    def sampling(self) -> Global___SamplingParams: ...
+    def sampling(self) -> Global___SamplingParams:
+        """How tokens are drawn; defaults where unset."""
+
     def __init__(
         self,
         *,
@@ -110,11 +117,15 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
+    """A prompt in tokens."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """1 to the context's length, each in the vocabulary."""
+
     def __init__(
         self,
         *,
@@ -130,11 +141,15 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class Messages(_message.Message):
+    """A prompt as a dialogue."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]: ...
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
+        """1 to 1024, oldest first."""
+
     def __init__(
         self,
         *,
@@ -150,6 +165,8 @@ Global___Messages: _TypeAlias = Messages  # noqa: Y015
 
 @_typing.final
 class Message(_message.Message):
+    """One turn of a dialogue."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ROLE_FIELD_NUMBER: _builtins.int
@@ -157,6 +174,7 @@ class Message(_message.Message):
     role: _builtins.str
     """`system`, `user` or `assistant`."""
     content: _builtins.str
+    """Its text."""
     def __init__(
         self,
         *,
@@ -340,6 +358,8 @@ Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
+    """What is new of one output."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     INDEX_FIELD_NUMBER: _builtins.int
@@ -364,7 +384,9 @@ class GenerateResponse(_message.Message):
         """The tokens since the last message, end-of-sequence included."""
 
     @_builtins.property
-    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]: ...
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """One entry a token of `token_ids`, where asked for."""
+
     @_builtins.property
     def usage(self) -> Global___Usage:
         """On the last message of the stream."""
@@ -427,6 +449,7 @@ class TokenLogprobs(_message.Message):
     LOGPROB_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
     logprob: _builtins.float
+    """Of the token itself; natural logarithm."""
     @_builtins.property
     def top(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
         """The likeliest tokens."""
@@ -447,15 +470,19 @@ Global___TokenLogprobs: _TypeAlias = TokenLogprobs  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
+    """What the request took, in tokens."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
+    """Of the prompt."""
     cached_tokens: _builtins.int
     """Prompt tokens whose keys and values came from the cache."""
     completion_tokens: _builtins.int
+    """Of all outputs together."""
     def __init__(
         self,
         *,
@@ -473,6 +500,8 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class Timing(_message.Message):
+    """How long it took."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     QUEUE_FIELD_NUMBER: _builtins.int

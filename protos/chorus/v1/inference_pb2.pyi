@@ -21,6 +21,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ListAdaptersRequest(_message.Message):
+    """What `ListAdapters` takes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PARENT_FIELD_NUMBER: _builtins.int
@@ -49,6 +51,8 @@ Global___ListAdaptersRequest: _TypeAlias = ListAdaptersRequest  # noqa: Y015
 
 @_typing.final
 class ListAdaptersResponse(_message.Message):
+    """What `ListAdapters` gives."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTERS_FIELD_NUMBER: _builtins.int
@@ -56,7 +60,9 @@ class ListAdaptersResponse(_message.Message):
     next_page_token: _builtins.str
     """Empty on the last page."""
     @_builtins.property
-    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.Adapter]: ...
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.Adapter]:
+        """This page's adapters."""
+
     def __init__(
         self,
         *,
@@ -73,6 +79,8 @@ Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
 
 @_typing.final
 class GetAdapterRequest(_message.Message):
+    """What `GetAdapter` takes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -93,6 +101,8 @@ Global___GetAdapterRequest: _TypeAlias = GetAdapterRequest  # noqa: Y015
 
 @_typing.final
 class GetModelRequest(_message.Message):
+    """Asks for the base's facts."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(

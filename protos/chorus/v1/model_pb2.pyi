@@ -46,8 +46,11 @@ class Model(_message.Message):
     context_length: _builtins.int
     """Prompt and completion together, in tokens."""
     vocab_size: _builtins.int
+    """Token ids are below this."""
     dtype: _builtins.str
+    """Of weights and activations, for example `bfloat16`."""
     parameter_count: _builtins.int
+    """Of the base, adapters not counted."""
     has_tokenizer: _builtins.bool
     """False where only token ids go in and out."""
     max_rank: _builtins.int
@@ -59,7 +62,9 @@ class Model(_message.Message):
         """Modules that adapters may target, by name, with their shapes."""
 
     @_builtins.property
-    def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """They end an output."""
+
     @_builtins.property
     def methods(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The RPCs that this base can do, for example `Generate`."""
@@ -91,14 +96,19 @@ Global___Model: _TypeAlias = Model  # noqa: Y015
 
 @_typing.final
 class ModelSite(_message.Message):
+    """A module that adapters can change."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     IN_FEATURES_FIELD_NUMBER: _builtins.int
     OUT_FEATURES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Its path inside the base."""
     in_features: _builtins.int
+    """Width of its input."""
     out_features: _builtins.int
+    """Width of its output."""
     def __init__(
         self,
         *,

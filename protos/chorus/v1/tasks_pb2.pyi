@@ -21,13 +21,17 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class TextPair(_message.Message):
-    """Tasks other than generation. What is not built yet answers UNIMPLEMENTED; the contract is fixed."""
+    """Tasks other than generation. What is not built yet answers UNIMPLEMENTED; the contract is fixed.
+
+    A text, or two that are judged together.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int
     PAIR_FIELD_NUMBER: _builtins.int
     text: _builtins.str
+    """The text, or the first of two."""
     pair: _builtins.str
     """Empty for single texts."""
     def __init__(
@@ -46,15 +50,21 @@ Global___TextPair: _TypeAlias = TextPair  # noqa: Y015
 
 @_typing.final
 class ClassifyRequest(_message.Message):
+    """What `Classify` takes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
+    """Which adapter answers; see the top of the page. Empty means the base model."""
     request_id: _builtins.str
+    """The caller's own id, for the log and for retries; up to 128 printable characters."""
     @_builtins.property
-    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextPair]: ...
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TextPair]:
+        """What to judge."""
+
     def __init__(
         self,
         *,
@@ -72,13 +82,18 @@ Global___ClassifyRequest: _TypeAlias = ClassifyRequest  # noqa: Y015
 
 @_typing.final
 class ClassifyResponse(_message.Message):
+    """What `Classify` gives."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RESULTS_FIELD_NUMBER: _builtins.int
     ADAPTER_VERSION_FIELD_NUMBER: _builtins.int
     adapter_version: _builtins.str
+    """Which version answered; empty for the base model."""
     @_builtins.property
-    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___Classification]: ...
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___Classification]:
+        """One an input."""
+
     def __init__(
         self,
         *,
@@ -95,6 +110,8 @@ Global___ClassifyResponse: _TypeAlias = ClassifyResponse  # noqa: Y015
 
 @_typing.final
 class Classification(_message.Message):
+    """One input's labels."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -120,8 +137,11 @@ class Classification(_message.Message):
     LABEL_FIELD_NUMBER: _builtins.int
     PROBABILITIES_FIELD_NUMBER: _builtins.int
     label: _builtins.str
+    """The likeliest one."""
     @_builtins.property
-    def probabilities(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
+    def probabilities(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """By label."""
+
     def __init__(
         self,
         *,
@@ -138,15 +158,21 @@ Global___Classification: _TypeAlias = Classification  # noqa: Y015
 
 @_typing.final
 class TagTokensRequest(_message.Message):
+    """What `TagTokens` takes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     TEXTS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
+    """Which adapter answers; see the top of the page. Empty means the base model."""
     request_id: _builtins.str
+    """The caller's own id, for the log and for retries; up to 128 printable characters."""
     @_builtins.property
-    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What to read."""
+
     def __init__(
         self,
         *,
@@ -164,13 +190,18 @@ Global___TagTokensRequest: _TypeAlias = TagTokensRequest  # noqa: Y015
 
 @_typing.final
 class TagTokensResponse(_message.Message):
+    """What `TagTokens` gives."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RESULTS_FIELD_NUMBER: _builtins.int
     ADAPTER_VERSION_FIELD_NUMBER: _builtins.int
     adapter_version: _builtins.str
+    """Which version answered; empty for the base model."""
     @_builtins.property
-    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaggedText]: ...
+    def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaggedText]:
+        """One a text."""
+
     def __init__(
         self,
         *,
@@ -187,11 +218,15 @@ Global___TagTokensResponse: _TypeAlias = TagTokensResponse  # noqa: Y015
 
 @_typing.final
 class TaggedText(_message.Message):
+    """One text's spans."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SPANS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Span]: ...
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Span]:
+        """In the order of the text."""
+
     def __init__(
         self,
         *,
@@ -207,6 +242,8 @@ Global___TaggedText: _TypeAlias = TaggedText  # noqa: Y015
 
 @_typing.final
 class Span(_message.Message):
+    """A piece of a text; offsets count from 0, ends are exclusive."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LABEL_FIELD_NUMBER: _builtins.int
@@ -217,12 +254,19 @@ class Span(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
     label: _builtins.str
+    """What it is."""
     start_byte: _builtins.int
+    """In UTF-8 bytes."""
     end_byte: _builtins.int
+    """In UTF-8 bytes."""
     start_char: _builtins.int
+    """In code points."""
     end_char: _builtins.int
+    """In code points."""
     text: _builtins.str
+    """The piece itself."""
     score: _builtins.float
+    """How sure the model is, 0 to 1."""
     def __init__(
         self,
         *,
@@ -244,15 +288,21 @@ Global___Span: _TypeAlias = Span  # noqa: Y015
 
 @_typing.final
 class AnswerRequest(_message.Message):
+    """What `Answer` takes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
+    """Which adapter answers; see the top of the page. Empty means the base model."""
     request_id: _builtins.str
+    """The caller's own id, for the log and for retries; up to 128 printable characters."""
     @_builtins.property
-    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuestionContext]: ...
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___QuestionContext]:
+        """What to judge."""
+
     def __init__(
         self,
         *,
@@ -270,12 +320,16 @@ Global___AnswerRequest: _TypeAlias = AnswerRequest  # noqa: Y015
 
 @_typing.final
 class QuestionContext(_message.Message):
+    """A question, and where to look for its answer."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     QUESTION_FIELD_NUMBER: _builtins.int
     CONTEXT_FIELD_NUMBER: _builtins.int
     question: _builtins.str
+    """The question."""
     context: _builtins.str
+    """The text that is searched."""
     def __init__(
         self,
         *,
@@ -292,11 +346,14 @@ Global___QuestionContext: _TypeAlias = QuestionContext  # noqa: Y015
 
 @_typing.final
 class AnswerResponse(_message.Message):
+    """What `Answer` gives."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ANSWERS_FIELD_NUMBER: _builtins.int
     ADAPTER_VERSION_FIELD_NUMBER: _builtins.int
     adapter_version: _builtins.str
+    """Which version answered; empty for the base model."""
     @_builtins.property
     def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Span]:
         """One a question; no text means that the context holds no answer."""
@@ -317,12 +374,16 @@ Global___AnswerResponse: _TypeAlias = AnswerResponse  # noqa: Y015
 
 @_typing.final
 class TokenizeRequest(_message.Message):
+    """A text."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     text: _builtins.str
+    """What to tokenize."""
     adapter: _builtins.str
+    """Which adapter answers; see the top of the page. Empty means the base model."""
     def __init__(
         self,
         *,
@@ -339,11 +400,15 @@ Global___TokenizeRequest: _TypeAlias = TokenizeRequest  # noqa: Y015
 
 @_typing.final
 class TokenizeResponse(_message.Message):
+    """Its tokens."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids."""
+
     def __init__(
         self,
         *,
@@ -359,11 +424,15 @@ Global___TokenizeResponse: _TypeAlias = TokenizeResponse  # noqa: Y015
 
 @_typing.final
 class DetokenizeRequest(_message.Message):
+    """Tokens."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids."""
+
     def __init__(
         self,
         *,
@@ -379,10 +448,13 @@ Global___DetokenizeRequest: _TypeAlias = DetokenizeRequest  # noqa: Y015
 
 @_typing.final
 class DetokenizeResponse(_message.Message):
+    """Their text."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
+    """Special tokens left out."""
     def __init__(
         self,
         *,
@@ -398,15 +470,21 @@ Global___DetokenizeResponse: _TypeAlias = DetokenizeResponse  # noqa: Y015
 
 @_typing.final
 class EmbedRequest(_message.Message):
+    """What `Embed` takes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
     TEXTS_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
+    """Which adapter answers; see the top of the page. Empty means the base model."""
     request_id: _builtins.str
+    """The caller's own id, for the log and for retries; up to 128 printable characters."""
     @_builtins.property
-    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What to read."""
+
     def __init__(
         self,
         *,
@@ -424,13 +502,18 @@ Global___EmbedRequest: _TypeAlias = EmbedRequest  # noqa: Y015
 
 @_typing.final
 class EmbedResponse(_message.Message):
+    """What `Embed` gives."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     EMBEDDINGS_FIELD_NUMBER: _builtins.int
     ADAPTER_VERSION_FIELD_NUMBER: _builtins.int
     adapter_version: _builtins.str
+    """Which version answered; empty for the base model."""
     @_builtins.property
-    def embeddings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Embedding]: ...
+    def embeddings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Embedding]:
+        """One a text."""
+
     def __init__(
         self,
         *,
@@ -447,11 +530,15 @@ Global___EmbedResponse: _TypeAlias = EmbedResponse  # noqa: Y015
 
 @_typing.final
 class Embedding(_message.Message):
+    """A vector."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VALUES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """float32."""
+
     def __init__(
         self,
         *,
@@ -467,6 +554,8 @@ Global___Embedding: _TypeAlias = Embedding  # noqa: Y015
 
 @_typing.final
 class ScoreRequest(_message.Message):
+    """A prompt and what might follow it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTER_FIELD_NUMBER: _builtins.int
@@ -482,6 +571,7 @@ class ScoreRequest(_message.Message):
     with a tokenizer.
     """
     request_id: _builtins.str
+    """The caller's own id, for the log and for retries; up to 128 printable characters."""
     @_builtins.property
     def continuations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """1 to 128; prompt and each continuation must fit the context together."""
@@ -491,7 +581,9 @@ class ScoreRequest(_message.Message):
         """Instead of `prompt` and `continuations`: token ids, used as they are."""
 
     @_builtins.property
-    def continuation_token_ids(self) -> _containers.RepeatedCompositeFieldContainer[_generate_pb2.TokenIds]: ...
+    def continuation_token_ids(self) -> _containers.RepeatedCompositeFieldContainer[_generate_pb2.TokenIds]:
+        """1 to 128, none empty."""
+
     def __init__(
         self,
         *,
@@ -512,13 +604,18 @@ Global___ScoreRequest: _TypeAlias = ScoreRequest  # noqa: Y015
 
 @_typing.final
 class ScoreResponse(_message.Message):
+    """How likely each continuation is."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SCORES_FIELD_NUMBER: _builtins.int
     ADAPTER_VERSION_FIELD_NUMBER: _builtins.int
     adapter_version: _builtins.str
+    """Which version answered; empty for the base model."""
     @_builtins.property
-    def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContinuationScore]: ...
+    def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContinuationScore]:
+        """One a continuation, in order."""
+
     def __init__(
         self,
         *,
@@ -535,6 +632,8 @@ Global___ScoreResponse: _TypeAlias = ScoreResponse  # noqa: Y015
 
 @_typing.final
 class ContinuationScore(_message.Message):
+    """One continuation's."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LOGPROB_FIELD_NUMBER: _builtins.int
@@ -543,9 +642,13 @@ class ContinuationScore(_message.Message):
     logprob: _builtins.float
     """The sum of `token_logprobs`: natural log-probability of the whole continuation after the prompt."""
     @_builtins.property
-    def token_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def token_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Natural logarithms, one a token."""
+
     @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The continuation as the base sees it."""
+
     def __init__(
         self,
         *,

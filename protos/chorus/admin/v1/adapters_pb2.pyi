@@ -29,6 +29,7 @@ class _Tier:
 class _TierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tier.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     TIER_UNSPECIFIED: _Tier.ValueType  # 0
+    """Never sent."""
     TIER_DEVICE: _Tier.ValueType  # 1
     """On the device, ready to run."""
     TIER_HOST: _Tier.ValueType  # 2
@@ -36,9 +37,11 @@ class _TierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tier.ValueType],
     TIER_LOADING: _Tier.ValueType  # 3
     """On its way in."""
 
-class Tier(_Tier, metaclass=_TierEnumTypeWrapper): ...
+class Tier(_Tier, metaclass=_TierEnumTypeWrapper):
+    """Where a version is."""
 
 TIER_UNSPECIFIED: Tier.ValueType  # 0
+"""Never sent."""
 TIER_DEVICE: Tier.ValueType  # 1
 """On the device, ready to run."""
 TIER_HOST: Tier.ValueType  # 2
@@ -49,14 +52,20 @@ Global___Tier: _TypeAlias = Tier  # noqa: Y015
 
 @_typing.final
 class CreateAdapterVersionRequest(_message.Message):
+    """One part of an upload: the header first, then chunks."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def header(self) -> Global___UploadHeader: ...
+    def header(self) -> Global___UploadHeader:
+        """The first message's part."""
+
     @_builtins.property
-    def chunk(self) -> Global___UploadChunk: ...
+    def chunk(self) -> Global___UploadChunk:
+        """Every later message's part."""
+
     def __init__(
         self,
         *,
@@ -75,6 +84,8 @@ Global___CreateAdapterVersionRequest: _TypeAlias = CreateAdapterVersionRequest  
 
 @_typing.final
 class UploadHeader(_message.Message):
+    """What is uploaded, and where to."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PARENT_FIELD_NUMBER: _builtins.int
@@ -111,6 +122,8 @@ Global___UploadHeader: _TypeAlias = UploadHeader  # noqa: Y015
 
 @_typing.final
 class UploadFile(_message.Message):
+    """One file of an adapter."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -118,6 +131,7 @@ class UploadFile(_message.Message):
     name: _builtins.str
     """`adapter_config.json`, `adapter_model.safetensors` or `task.json`."""
     size_bytes: _builtins.int
+    """Exactly so many bytes follow."""
     def __init__(
         self,
         *,
@@ -134,6 +148,8 @@ Global___UploadFile: _TypeAlias = UploadFile  # noqa: Y015
 
 @_typing.final
 class UploadChunk(_message.Message):
+    """Bytes of the files, in the order of the header."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DATA_FIELD_NUMBER: _builtins.int
@@ -154,6 +170,8 @@ Global___UploadChunk: _TypeAlias = UploadChunk  # noqa: Y015
 
 @_typing.final
 class CreateAdapterVersionResponse(_message.Message):
+    """What an upload stored."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
@@ -162,9 +180,13 @@ class CreateAdapterVersionResponse(_message.Message):
     created: _builtins.bool
     """False where the same content was stored already."""
     @_builtins.property
-    def version(self) -> _adapter_pb2.AdapterVersion: ...
+    def version(self) -> _adapter_pb2.AdapterVersion:
+        """The version."""
+
     @_builtins.property
-    def adapter(self) -> _adapter_pb2.Adapter: ...
+    def adapter(self) -> _adapter_pb2.Adapter:
+        """Its adapter, aliases moved."""
+
     def __init__(
         self,
         *,
@@ -182,10 +204,13 @@ Global___CreateAdapterVersionResponse: _TypeAlias = CreateAdapterVersionResponse
 
 @_typing.final
 class GetAdapterRequest(_message.Message):
+    """What `GetAdapter` takes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Resource name."""
     def __init__(
         self,
         *,
@@ -201,6 +226,8 @@ Global___GetAdapterRequest: _TypeAlias = GetAdapterRequest  # noqa: Y015
 
 @_typing.final
 class ListAdaptersRequest(_message.Message):
+    """What `ListAdapters` takes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PARENT_FIELD_NUMBER: _builtins.int
@@ -211,6 +238,7 @@ class ListAdaptersRequest(_message.Message):
     page_size: _builtins.int
     """At most this many; 0 means 100, more than 1000 means 1000."""
     page_token: _builtins.str
+    """From the previous response."""
     def __init__(
         self,
         *,
@@ -228,13 +256,18 @@ Global___ListAdaptersRequest: _TypeAlias = ListAdaptersRequest  # noqa: Y015
 
 @_typing.final
 class ListAdaptersResponse(_message.Message):
+    """What `ListAdapters` gives."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ADAPTERS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """Empty on the last page."""
     @_builtins.property
-    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.Adapter]: ...
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.Adapter]:
+        """This page's adapters."""
+
     def __init__(
         self,
         *,
@@ -251,6 +284,8 @@ Global___ListAdaptersResponse: _TypeAlias = ListAdaptersResponse  # noqa: Y015
 
 @_typing.final
 class ListVersionsRequest(_message.Message):
+    """What `ListVersions` takes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PARENT_FIELD_NUMBER: _builtins.int
@@ -259,7 +294,9 @@ class ListVersionsRequest(_message.Message):
     parent: _builtins.str
     """`tenants/{tenant}/adapters/{adapter}`."""
     page_size: _builtins.int
+    """At most this many; 0 means 100, more than 1000 means 1000."""
     page_token: _builtins.str
+    """From the previous response."""
     def __init__(
         self,
         *,
@@ -277,13 +314,18 @@ Global___ListVersionsRequest: _TypeAlias = ListVersionsRequest  # noqa: Y015
 
 @_typing.final
 class ListVersionsResponse(_message.Message):
+    """What `ListVersions` gives."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSIONS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """Empty on the last page."""
     @_builtins.property
-    def versions(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.AdapterVersion]: ...
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[_adapter_pb2.AdapterVersion]:
+        """This page's versions."""
+
     def __init__(
         self,
         *,
@@ -300,6 +342,8 @@ Global___ListVersionsResponse: _TypeAlias = ListVersionsResponse  # noqa: Y015
 
 @_typing.final
 class SetAliasRequest(_message.Message):
+    """Which alias shall mean which version."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -309,6 +353,7 @@ class SetAliasRequest(_message.Message):
     name: _builtins.str
     """`tenants/{tenant}/adapters/{adapter}`."""
     alias: _builtins.str
+    """An id, for example `canary`."""
     digest: _builtins.str
     """The version to point at; empty removes the alias."""
     etag: _builtins.str
@@ -331,10 +376,13 @@ Global___SetAliasRequest: _TypeAlias = SetAliasRequest  # noqa: Y015
 
 @_typing.final
 class DeleteVersionRequest(_message.Message):
+    """What `DeleteVersion` takes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Resource name."""
     def __init__(
         self,
         *,
@@ -350,6 +398,8 @@ Global___DeleteVersionRequest: _TypeAlias = DeleteVersionRequest  # noqa: Y015
 
 @_typing.final
 class DeleteVersionResponse(_message.Message):
+    """What `DeleteVersion` gives."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -365,10 +415,13 @@ Global___DeleteVersionResponse: _TypeAlias = DeleteVersionResponse  # noqa: Y015
 
 @_typing.final
 class DeleteAdapterRequest(_message.Message):
+    """What `DeleteAdapter` takes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Resource name."""
     def __init__(
         self,
         *,
@@ -384,6 +437,8 @@ Global___DeleteAdapterRequest: _TypeAlias = DeleteAdapterRequest  # noqa: Y015
 
 @_typing.final
 class DeleteAdapterResponse(_message.Message):
+    """What `DeleteAdapter` gives."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -399,10 +454,13 @@ Global___DeleteAdapterResponse: _TypeAlias = DeleteAdapterResponse  # noqa: Y015
 
 @_typing.final
 class PinVersionRequest(_message.Message):
+    """What `PinVersion` takes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Resource name."""
     def __init__(
         self,
         *,
@@ -418,10 +476,13 @@ Global___PinVersionRequest: _TypeAlias = PinVersionRequest  # noqa: Y015
 
 @_typing.final
 class UnpinVersionRequest(_message.Message):
+    """What `UnpinVersion` takes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Resource name."""
     def __init__(
         self,
         *,
@@ -437,10 +498,13 @@ Global___UnpinVersionRequest: _TypeAlias = UnpinVersionRequest  # noqa: Y015
 
 @_typing.final
 class PrefetchVersionRequest(_message.Message):
+    """What `PrefetchVersion` takes."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Resource name."""
     def __init__(
         self,
         *,
@@ -456,6 +520,8 @@ Global___PrefetchVersionRequest: _TypeAlias = PrefetchVersionRequest  # noqa: Y0
 
 @_typing.final
 class PrefetchVersionResponse(_message.Message):
+    """What `PrefetchVersion` gives."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -471,6 +537,8 @@ Global___PrefetchVersionResponse: _TypeAlias = PrefetchVersionResponse  # noqa: 
 
 @_typing.final
 class GetResidencyRequest(_message.Message):
+    """Asks for all of the device's memory."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -486,6 +554,8 @@ Global___GetResidencyRequest: _TypeAlias = GetResidencyRequest  # noqa: Y015
 
 @_typing.final
 class GetResidencyResponse(_message.Message):
+    """What is in memory, as of the engine's next turn."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSIONS_FIELD_NUMBER: _builtins.int
@@ -498,13 +568,19 @@ class GetResidencyResponse(_message.Message):
     rows_total: _builtins.int
     """Rank rows of the device pool: per site, all sites added up."""
     rows_used: _builtins.int
+    """Of these, how many adapters own."""
     bytes_total: _builtins.int
+    """Bytes of all adapter pools."""
     bytes_used: _builtins.int
+    """Of these, how many adapters own."""
     kv_blocks_total: _builtins.int
     """KV blocks of the device."""
     kv_blocks_used: _builtins.int
+    """Of these, how many requests hold."""
     @_builtins.property
-    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentVersion]: ...
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResidentVersion]:
+        """Every version in memory or on its way."""
+
     def __init__(
         self,
         *,
@@ -526,6 +602,8 @@ Global___GetResidencyResponse: _TypeAlias = GetResidencyResponse  # noqa: Y015
 
 @_typing.final
 class ResidentVersion(_message.Message):
+    """One version in memory."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DIGEST_FIELD_NUMBER: _builtins.int
@@ -538,13 +616,19 @@ class ResidentVersion(_message.Message):
     HITS_FIELD_NUMBER: _builtins.int
     NAMES_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
+    """Its digest."""
     tier: Global___Tier.ValueType
+    """Where it is."""
     bytes: _builtins.int
+    """Bytes that it takes there."""
     rank_rows: _builtins.int
+    """Rank rows that it owns, all sites added up."""
     max_rank: _builtins.int
+    """The largest rank at any site."""
     refs: _builtins.int
     """Running requests that hold it."""
     pinned: _builtins.bool
+    """It is never evicted."""
     hits: _builtins.int
     """Requests served since it was loaded."""
     @_builtins.property
@@ -574,6 +658,8 @@ Global___ResidentVersion: _TypeAlias = ResidentVersion  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):
+    """How to end."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     GRACE_FIELD_NUMBER: _builtins.int
@@ -596,6 +682,8 @@ Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
 
 @_typing.final
 class DrainResponse(_message.Message):
+    """What `Drain` gives."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -611,10 +699,13 @@ Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
 
 @_typing.final
 class CreateTenantRequest(_message.Message):
+    """A tenant to be."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TENANT_ID_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
+    """Its id, as in `tenants/{tenant}`."""
     def __init__(
         self,
         *,
@@ -630,13 +721,18 @@ Global___CreateTenantRequest: _TypeAlias = CreateTenantRequest  # noqa: Y015
 
 @_typing.final
 class Tenant(_message.Message):
+    """A customer of the server's."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Resource name."""
     @_builtins.property
-    def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was created."""
+
     def __init__(
         self,
         *,
@@ -653,6 +749,8 @@ Global___Tenant: _TypeAlias = Tenant  # noqa: Y015
 
 @_typing.final
 class CreateApiKeyRequest(_message.Message):
+    """A key to be."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PARENT_FIELD_NUMBER: _builtins.int
@@ -660,7 +758,9 @@ class CreateApiKeyRequest(_message.Message):
     parent: _builtins.str
     """`tenants/{tenant}`."""
     @_builtins.property
-    def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def scopes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What it opens."""
+
     def __init__(
         self,
         *,
@@ -677,11 +777,14 @@ Global___CreateApiKeyRequest: _TypeAlias = CreateApiKeyRequest  # noqa: Y015
 
 @_typing.final
 class CreateApiKeyResponse(_message.Message):
+    """A new key."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_ID_FIELD_NUMBER: _builtins.int
     KEY_FIELD_NUMBER: _builtins.int
     key_id: _builtins.str
+    """What names the key without being it."""
     key: _builtins.str
     """Shown once, stored hashed."""
     def __init__(
@@ -700,10 +803,13 @@ Global___CreateApiKeyResponse: _TypeAlias = CreateApiKeyResponse  # noqa: Y015
 
 @_typing.final
 class RevokeApiKeyRequest(_message.Message):
+    """Which key to end."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_ID_FIELD_NUMBER: _builtins.int
     key_id: _builtins.str
+    """As `CreateApiKey` gave it."""
     def __init__(
         self,
         *,
@@ -719,6 +825,8 @@ Global___RevokeApiKeyRequest: _TypeAlias = RevokeApiKeyRequest  # noqa: Y015
 
 @_typing.final
 class RevokeApiKeyResponse(_message.Message):
+    """What `RevokeApiKey` gives."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -734,6 +842,8 @@ Global___RevokeApiKeyResponse: _TypeAlias = RevokeApiKeyResponse  # noqa: Y015
 
 @_typing.final
 class SetQuotaRequest(_message.Message):
+    """What a tenant may use."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TENANT_FIELD_NUMBER: _builtins.int
@@ -744,9 +854,13 @@ class SetQuotaRequest(_message.Message):
     tenant: _builtins.str
     """`tenants/{tenant}`."""
     tokens_per_second: _builtins.int
+    """Tokens, prompt and completion."""
     concurrency: _builtins.int
+    """Requests at a time."""
     adapter_count: _builtins.int
+    """Adapters."""
     adapter_bytes: _builtins.int
+    """Bytes of all its adapters."""
     def __init__(
         self,
         *,
@@ -781,6 +895,8 @@ Global___SetQuotaRequest: _TypeAlias = SetQuotaRequest  # noqa: Y015
 
 @_typing.final
 class SetQuotaResponse(_message.Message):
+    """What `SetQuota` gives."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
