@@ -5,75 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chorus.kernels import LowRankPlan, LowRankSegment, RankPool, low_rank
-from chorus.kernels.low_rank_tables import PAGE_ROWS, Capacity
+from chorus.kernels import LowRankPlan, LowRankSegment, low_rank
+from chorus.kernels.low_rank_tables import Capacity
 from chorus.kernels.tuning import Family
+from support.low_rank import LAYOUTS, batch_of, check, make_pool
 
 CPU = torch.device("cpu")
-POOL_PAGES = 80
-# RMS(err) / RMS(ref), and max |err| / RMS(ref) beside it.
-BOUND = {torch.float32: (1e-5, 1e-4), torch.float16: (4e-3, 4e-2), torch.bfloat16: (4e-3, 4e-2)}
-
-
-def make_pool(k: int, n: int, dtype: torch.dtype, generator: torch.Generator, pages: int = POOL_PAGES) -> RankPool:
-    """Every row is used by somebody or stale: none is zero."""
-    rows = pages * PAGE_ROWS
-    return RankPool(
-        a=torch.randn(rows, k, generator=generator).to(dtype),
-        b=(torch.randn(rows, n, generator=generator) / k**0.5).to(dtype),
-        mid_scale=torch.rand(rows, generator=generator) + 0.5,
-    )
-
-
-def dense(y: torch.Tensor, x: torch.Tensor, pool: RankPool, segments: list[LowRankSegment]) -> torch.Tensor:
-    out = y.double().clone()
-    for s in segments:
-        rows = list(s.pool_rows)
-        weight = pool.b[rows].double().T @ torch.diag(pool.mid_scale[rows].double()) @ pool.a[rows].double()  # [N, K]
-        out[s.start : s.end] = y[s.start : s.end].double() + x[s.start : s.end].double() @ weight.T
-    return out
-
-
-def batch_of(layout: list[tuple[int, int]], *, first_row: int = 0, scatter: int | None = None) -> list[LowRankSegment]:
-    """Neighbouring segments of (rows, rank); rank 0 stands for rows without an adapter. Pages in order, or shuffled."""
-    count = sum(-(-rank // PAGE_ROWS) for _, rank in layout)
-    order = list(range(count))
-    if scatter is not None:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(scatter)).tolist()
-    segments, position = [], first_row
-    for rows, rank in layout:
-        own = [order.pop(0) for _ in range(-(-rank // PAGE_ROWS))]
-        if rank:
-            pool_rows = [page * PAGE_ROWS + i for page in own for i in range(PAGE_ROWS)][:rank]
-            segments.append(LowRankSegment(position, position + rows, tuple(pool_rows)))
-        position += rows
-    return segments
-
-
-def check(
-    segments: list[LowRankSegment], total: int, k: int, n: int, dtype: torch.dtype, *,
-    seed: int = 0, from_zero: bool = False, plan: LowRankPlan | None = None,
-) -> None:  # fmt: skip
-    """Runs twice: within the bound of the definition, untouched elsewhere, the same bits again."""
-    generator = torch.Generator().manual_seed(seed)
-    pages = max((r // PAGE_ROWS + 1 for s in segments for r in s.pool_rows), default=1)
-    pool = make_pool(k, n, dtype, generator, pages)
-    x = torch.randn(total, k, generator=generator).to(dtype)
-    y = torch.zeros(total, n, dtype=dtype) if from_zero else torch.randn(total, n, generator=generator).to(dtype)
-    expected = dense(y, x, pool, segments)
-    plan = plan or LowRankPlan(segments, CPU, triton=True)
-    got, again = (low_rank(y.clone(), x, pool, plan) for _ in range(2))
-    touched = torch.zeros(total, dtype=torch.bool)
-    for s in segments:
-        touched[s.start : s.end] = True
-    error, reference = (got.double() - expected)[touched], expected[touched]
-    if reference.numel():
-        scale = float(reference.pow(2).mean().sqrt())
-        rms_bound, max_bound = BOUND[dtype]
-        assert float(error.pow(2).mean().sqrt()) <= rms_bound * scale
-        assert float(error.abs().max()) <= max_bound * scale
-    assert torch.equal(got[~touched], y[~touched])
-    assert torch.equal(got, again)
 
 
 @st.composite
@@ -98,17 +35,6 @@ def test_low_rank_equals_dense_float64_math(
     if dtype is not torch.float32 and min(k, n) < 16:
         k, n = 33, 65  # an RMS of a few roundings means nothing
     check(segments, total, k, n, dtype, seed=seed, from_zero=from_zero)
-
-
-LAYOUTS = {
-    "a decode step, all distinct": [(1, 16)] * 12,
-    "mixed ranks": [(1, 8), (2, 24), (1, 128), (4, 5), (1, 33)],
-    "the largest ranks": [(1, 256), (5, 200), (33, 250)],
-    "prefill beside decodes": [(1, 16), (50, 16), (1, 8), (70, 48), (17, 64)],
-    "one giant segment": [(200, 16)],
-    "rows without an adapter between": [(2, 0), (3, 8), (5, 0), (40, 24), (1, 0)],
-    "empty segments": [(0, 16), (3, 16), (0, 8)],
-}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -143,7 +69,7 @@ def test_the_largest_batch_of_a_capacity(family: Family) -> None:
 
 
 def test_a_row_with_nan_reaches_no_other_row() -> None:
-    pool = make_pool(32, 16, torch.float32, torch.Generator().manual_seed(0))
+    pool = make_pool(32, 16, torch.float32, torch.Generator().manual_seed(0), pages=8)
     segments = batch_of([(1, 8), (1, 5), (20, 16), (70, 8)])
     x = torch.randn(92, 32)
     plan = LowRankPlan(segments, CPU, triton=True)
@@ -172,7 +98,7 @@ def test_pages_of_others_are_not_read() -> None:
 def test_the_op_is_well_formed() -> None:
     from chorus.kernels.low_rank_launch import low_rank_op
 
-    pool = make_pool(32, 16, torch.float32, torch.Generator().manual_seed(0))
+    pool = make_pool(32, 16, torch.float32, torch.Generator().manual_seed(0), pages=3)
     plan = LowRankPlan(batch_of([(1, 8), (20, 16)]), CPU, triton=True)
     assert plan.tables is not None
     arguments = (torch.zeros(21, 16), torch.randn(21, 32), *pool, plan.tables.buffer, plan.tables.flat_geometry)

@@ -1,0 +1,46 @@
+"""low_rank on a CUDA device, against dense float64 math; and replayed in a CUDA graph."""
+
+import pytest
+import torch
+
+from chorus.kernels import LowRankPlan, RankPool, low_rank
+from chorus.kernels.low_rank_tables import Capacity
+from chorus.kernels.tuning import Family
+from support.low_rank import BOUND, LAYOUTS, batch_of, check, dense, make_pool
+
+CUDA = torch.device("cuda")
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("k", "n"), [(4096, 1024), (1024, 14336), (33, 65)])
+@pytest.mark.parametrize("from_zero", [False, True])
+def test_low_rank_equals_dense_float64_math(
+    layout: list[tuple[int, int]], dtype: torch.dtype, k: int, n: int, from_zero: bool
+) -> None:
+    total = sum(rows for rows, _ in layout) + 1
+    check(batch_of(layout, scatter=3), total, k, n, dtype, from_zero=from_zero, device=CUDA)
+
+
+def test_a_graph_replays_other_batches_of_its_capacity() -> None:
+    """Captured over an empty batch; each replay adds what the tables hold by then."""
+    rows, rank, k, n = 12, 64, 1024, 512
+    batches = [batch_of([(1, rank)] * rows), batch_of([(3, 8), (2, 0), (7, 24)]), [], batch_of([(rows, 16)])]
+    generator = torch.Generator().manual_seed(0)
+    pool = make_pool(k, n, torch.bfloat16, generator, pages=rows * rank // 8)
+    x, y = (torch.randn(rows, width, generator=generator).bfloat16() for width in (k, n))
+    there, there_x, there_y = RankPool(*(tensor.cuda() for tensor in pool)), x.cuda(), y.cuda()
+    plan = LowRankPlan([], CUDA, capacity=Capacity(rows, rank, Family.ROWS))
+    low_rank(there_y, there_x, there, plan)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        low_rank(there_y, there_x, there, plan)
+    for segments in batches:
+        there_y.copy_(y)
+        plan.rewrite(segments)
+        graph.replay()
+        expected = dense(y, x, pool, segments)
+        error = (there_y.cpu().double() - expected).pow(2).mean().sqrt()
+        assert float(error) <= BOUND[torch.bfloat16][0] * float(expected.pow(2).mean().sqrt())
