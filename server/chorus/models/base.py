@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from chorus.errors import FailedPrecondition
 from chorus.models import attention
+from chorus.models.block import Block, use_blocks
 from chorus.models.checkpoint import base_folder, read_config, read_module
 from chorus.models.digest import base_digest
 from chorus.models.digest_cache import DigestCache
@@ -98,6 +99,8 @@ def load_base(
         name = source or "embedded"
         tokenizer = load_tokenizer(folder)
         adapted = _adapt(module, family)
+        if family.plain_block:
+            use_blocks(module)
         longrope = replace_longrope(module, config)
         facts = BaseFacts(
             name=name,
@@ -153,9 +156,13 @@ def _adapt(module: PreTrainedModel, family: Family) -> dict[str, Adapted]:
 
 def _pack(module: PreTrainedModel, adapted: dict[str, Adapted]) -> None:
     """Lays the linears' weights out for oneDNN, one after the other, so that only one is in memory twice."""
+    for block in module.modules():
+        if isinstance(block, Block):
+            for group in block.groups:
+                group.pack()
     embedding = module.get_input_embeddings()
     for layer in adapted.values():
-        if not isinstance(layer, AdaptedEmbedding):
+        if not isinstance(layer, AdaptedEmbedding) and layer.grouped_weight is None:
             layer.pack(keep_weight=layer.weight is embedding.weight)
 
 

@@ -22,6 +22,8 @@ class Family:
     column: frozenset[str]
     row: frozenset[str]
     note: str = ""
+    plain_block: bool = False
+    """Its layers are what `block.Block` computes."""
 
 
 _COLUMN = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
@@ -30,10 +32,10 @@ _ROW = frozenset({"o_proj", "down_proj"})
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "Llama", _COLUMN, _ROW),
-        Family("qwen2", "Qwen2, Qwen2.5", _COLUMN, _ROW),
-        Family("qwen3", "Qwen3", _COLUMN, _ROW, "norms on queries and keys"),
-        Family("mistral", "Mistral", _COLUMN, _ROW, "sliding window"),
+        Family("llama", "Llama", _COLUMN, _ROW, plain_block=True),
+        Family("qwen2", "Qwen2, Qwen2.5", _COLUMN, _ROW, plain_block=True),
+        Family("qwen3", "Qwen3", _COLUMN, _ROW, "norms on queries and keys", plain_block=True),
+        Family("mistral", "Mistral", _COLUMN, _ROW, "sliding window", plain_block=True),
         Family("gemma", "Gemma", _COLUMN, _ROW, "scaled embedding"),
         Family("gemma2", "Gemma 2", _COLUMN, _ROW, "alternating windows, soft caps on scores and logits"),
         Family("gemma3_text", "Gemma 3 (text)", _COLUMN, _ROW, "alternating windows, a rotation for each"),
@@ -50,6 +52,7 @@ FAMILIES = {
             frozenset({"qkv_proj", "gate_up_proj"}),
             _ROW,
             "fused q/k/v and gate/up: adapters of the fused modules; sliding window; longrope",
+            plain_block=True,
         ),
         Family("gpt2", "GPT-2", frozenset({"c_attn", "c_fc"}), frozenset({"c_proj"}), "Conv1D, learned positions"),
         Family(

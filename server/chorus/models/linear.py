@@ -7,6 +7,7 @@ On CPU in bf16 the weight is kept in the layout that oneDNN computes with, and o
 144M Llama, 2 cores: 22 ms a step where the plain layout takes 41). These are the operators that Inductor emits for it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class DeltaMixin:
     pool: RankPool | None = None
     plan: LowRankPlan | None = None
     packed: Tensor | None = None
+    grouped_weight: Callable[[], Tensor] | None = None
+    """Gives the weight, [out, in], where it is rows of a group's."""
 
     def add_delta(self, y: Tensor, x: Tensor) -> Tensor:
         if self.plan is None or self.pool is None:
@@ -47,6 +50,8 @@ class DeltaMixin:
 
     def base_weight(self) -> Tensor:
         """The weight as the module held it: [out, in], [in, out] for Conv1D."""
+        if self.grouped_weight is not None:
+            return self.grouped_weight()
         if self.weight.numel() or self.packed is None:
             kept: Tensor = self.weight.detach()
             return kept
@@ -71,6 +76,14 @@ class AdaptedLinear(DeltaMixin, nn.Linear):
         if self.packed is not None:
             return self.packed_forward(x)
         return self.add_delta(F.linear(x, self.weight, self.bias), x)
+
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + y, rounded once where the sum rides on the product."""
+        if self.packed is None:
+            plain: Tensor = self(x)
+            return plain.add_(residual)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.packed, self.bias, "add")
+        return self.add_delta(y, x)
 
 
 class AdaptedConv1D(DeltaMixin, Conv1D):
