@@ -1,13 +1,15 @@
 """Blocks stand where transformers' layers stood; what they compute is the parity tests' matter."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from chorus.models.base import load_base
-from chorus.models.block import Block, rms_norm, rotate
+from chorus.models.block import Block, norm_of, rotate
 from chorus.models.families import FAMILIES
 from support.tiny import FAMILIES as TINY
 from support.tiny import save_base
@@ -25,14 +27,15 @@ def test_plain_families_run_blocks_at_the_same_paths(tmp_path: Path, family: str
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-3)])
-def test_rms_norm_equals_float64_math(dtype: torch.dtype, bound: float) -> None:
+@pytest.mark.parametrize("made", [LlamaRMSNorm, GemmaRMSNorm])
+def test_a_norm_equals_float64_math(made: Any, dtype: torch.dtype, bound: float) -> None:
     torch.manual_seed(0)
-    norm = LlamaRMSNorm(96).to(dtype).requires_grad_(False)
-    norm.weight.add_(torch.randn(96).to(dtype))
+    module = made(96).to(dtype).requires_grad_(False)
+    module.weight.add_(torch.randn(96).to(dtype))
     x = (torch.randn(7, 96) * torch.logspace(-3, 3, 7)[:, None]).to(dtype)
-    square = x.double().pow(2).mean(-1, keepdim=True)
-    exact = x.double() / (square + norm.variance_epsilon).sqrt() * norm.weight.double()
-    error = (rms_norm(x, norm).double() - exact).pow(2).mean().sqrt()
+    weight = module.weight.double() + (made is GemmaRMSNorm)
+    exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+    error = (norm_of(module)(x).double() - exact).pow(2).mean().sqrt()
     assert float(error) <= bound * float(exact.pow(2).mean().sqrt())
 
 

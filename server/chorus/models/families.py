@@ -36,9 +36,13 @@ FAMILIES = {
         Family("qwen2", "Qwen2, Qwen2.5", _COLUMN, _ROW, plain_block=True),
         Family("qwen3", "Qwen3", _COLUMN, _ROW, "norms on queries and keys", plain_block=True),
         Family("mistral", "Mistral", _COLUMN, _ROW, "sliding window", plain_block=True),
-        Family("gemma", "Gemma", _COLUMN, _ROW, "scaled embedding"),
-        Family("gemma2", "Gemma 2", _COLUMN, _ROW, "alternating windows, soft caps on scores and logits"),
-        Family("gemma3_text", "Gemma 3 (text)", _COLUMN, _ROW, "alternating windows, a rotation for each"),
+        Family("gemma", "Gemma", _COLUMN, _ROW, "scaled embedding", plain_block=True),
+        Family(
+            "gemma2", "Gemma 2", _COLUMN, _ROW, "alternating windows, soft caps on scores and logits", plain_block=True
+        ),
+        Family(
+            "gemma3_text", "Gemma 3 (text)", _COLUMN, _ROW, "alternating windows, a rotation for each", plain_block=True
+        ),
         Family(
             "phi",
             "Phi 1, 1.5, 2",
