@@ -65,6 +65,13 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.numel() / median_seconds(lambda: target.copy_(source), 5)
 
 
+def read_bandwidth(device: str) -> float:
+    """Bytes per second of a large product with a vector, which only reads; the better median of two."""
+    source = torch.ones(16, 2**24, dtype=torch.bfloat16, device=device)
+    vector = torch.ones(source.shape[1], 1, dtype=torch.bfloat16, device=device)
+    return source.nbytes / min(median_seconds(lambda: source @ vector, 13) for _ in range(2))
+
+
 def matmul_rate(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of a large square product."""
     a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chorus.kernels import AttentionPlan, AttentionRow, LowRankPlan, LowRankSegment, RankPool, low_rank, paged_attention
-from common import SHAPE_144M, copy_bandwidth, matmul_rate, record, wait_until_quiet
+from common import SHAPE_144M, copy_bandwidth, matmul_rate, read_bandwidth, record, wait_until_quiet
 
 ROWS, RANK = 16, 16
 LAYERS = SHAPE_144M["num_hidden_layers"]
@@ -184,14 +184,6 @@ def take_turns(contestants: dict[str, Work], device: str) -> dict[str, float]:
             if turn >= 2:
                 seconds[name].append(time.perf_counter() - began)
     return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def read_bandwidth(device: str) -> float:
-    """Bytes per second of a large sum, which only reads."""
-    source = torch.ones(2**28, dtype=torch.bfloat16, device=device).view(16, -1)
-    weights = torch.ones(source.shape[1], 1, dtype=torch.bfloat16, device=device)
-    best = min(take_turns({"dot": lambda: source @ weights}, device)["dot"] for _ in range(2))
-    return source.nbytes / best
 
 
 def run(

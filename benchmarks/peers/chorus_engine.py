@@ -1,0 +1,98 @@
+"""Our engine, stepped in this process with every adapter loaded."""
+
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+from chorus.adapters import artifact as artifacts
+from chorus.adapters.digest import version_digest
+from chorus.config import ServerConfig
+from chorus.engine import messages as m
+from chorus.engine.engine import Engine
+from chorus.engine.memory import plan_memory
+from chorus.models.base import load_base
+from peers.process import Answer, serve
+from peers.work import REQUESTS, TOKENS_OUT, adapter_folders, base_folder, prompts
+from step_profile import StepProfile
+
+KV_MB, ADAPTER_MB = 64, 160
+
+
+class ChorusEngine:
+    """Answers with tokens/s and the median decode step; with where a step's time goes; with its memory."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        config = ServerConfig(kv_cache_mb=KV_MB, adapter_memory_mb=ADAPTER_MB)
+        self._base = load_base(str(base_folder(folder)), device=device, dtype="bfloat16")
+        memory = plan_memory(self._base, config)
+        self._engine = Engine(self._base, memory, max_rank=64, max_rows=REQUESTS, max_step_tokens=512, max_queue=64)
+        facts = self._base.facts
+        self._refs = [
+            m.AdapterRef(version_digest(artifacts.read(path), facts.digest), str(path))
+            for path in adapter_folders(folder)
+        ]
+        self._load()
+
+    def answer(self, ask: str, adapters: int = 0, turn: int = 0) -> Answer:
+        match ask:
+            case "run":
+                return self._run(adapters, turn)
+            case "profile":
+                return self._profile(adapters, turn)
+            case _:
+                return self._memory()
+
+    def _run(self, adapters: int, turn: int, profile: StepProfile | None = None) -> Answer:
+        """Decode steps are those with all requests under way, from their first tokens to the first end."""
+        commands: list[m.Submit] = self._submits(adapters, turn)
+        tokens, decoding, steps, parts = 0, False, [], []
+        began = time.perf_counter()
+        while tokens < REQUESTS * TOKENS_OUT:
+            step_began = time.perf_counter()
+            events = [event for event in self._engine.step(commands).events if isinstance(event, m.Tokens)]
+            seconds = time.perf_counter() - step_began
+            tokens, commands = tokens + sum(len(event.token_ids) for event in events), []
+            spent = profile.take() if profile else {}
+            if decoding and len(events) == REQUESTS and not any(event.finish for event in events):
+                steps.append(seconds)
+                parts.append(spent)
+            decoding = decoding or tokens >= REQUESTS
+        answer: Answer = {
+            "tok_s": tokens / (time.perf_counter() - began),
+            "decode_step_ms": statistics.median(steps) * 1e3,
+        }
+        if profile:
+            answer["parts_ms"] = {
+                name: statistics.median(spent.get(name, 0.0) for spent in parts) * 1e3 for name in profile.names
+            }
+        return answer
+
+    def _profile(self, adapters: int, turn: int) -> Answer:
+        with StepProfile() as profile:
+            return self._run(adapters, turn, profile)
+
+    def _submits(self, adapters: int, turn: int) -> list[m.Submit]:
+        sampling = m.Sampling(TOKENS_OUT, temperature=0.0, ignore_eos=True)
+        return [
+            m.Submit(i, tuple(prompt), sampling, self._refs[i % adapters] if adapters else None)
+            for i, prompt in enumerate(prompts(adapters, turn))
+        ]
+
+    def _load(self) -> None:
+        loaded: set[str] = set()
+        commands: list[m.Pin] = [m.Pin(ref) for ref in self._refs]
+        while len(loaded) < len(self._refs):
+            loaded |= {event.digest for event in self._engine.step(commands).events if isinstance(event, m.Loaded)}
+            commands = []
+            time.sleep(0.01)
+
+    def _memory(self) -> Answer:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        weights = self._base.facts.parameter_count * self._base.dtype.itemsize / 2**20
+        return {"peak_rss_mb": peak, "weights_mb": weights, "rss_over_budgets_mb": peak - weights - KV_MB - ADAPTER_MB}
+
+
+if __name__ == "__main__":
+    serve(lambda: ChorusEngine(Path(sys.argv[1]), sys.argv[2]).answer)
