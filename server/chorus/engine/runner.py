@@ -1,5 +1,7 @@
 """Runs the base model once over a packed batch. Owns the KV cache's tensors; knows nothing of requests' states."""
 
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -30,11 +32,12 @@ class Runner:
         self._set_plans(layout)
         self._set_frequencies(layout)
         step = StepAttention(AttentionPlan(layout.rows, self._block_size, device), self._k_cache, self._v_cache)
+        token_ids, positions, logit_rows = upload(layout.token_ids, layout.positions, layout.logit_rows, device=device)
         output = self._base.module(
-            input_ids=torch.tensor([layout.token_ids], device=device),
-            position_ids=torch.tensor([layout.positions], device=device),
+            input_ids=token_ids[None],
+            position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=torch.tensor(layout.logit_rows, dtype=torch.int64, device=device),
+            logits_to_keep=logit_rows,
             chorus_step=step,
         )
         logits: Tensor = output.logits[0]
@@ -57,3 +60,9 @@ class Runner:
             for _ in range(row.start, row.end)
         ]
         rope.is_long = torch.tensor(is_long, device=self._base.device)
+
+
+def upload(*lists: list[int], device: torch.device) -> tuple[Tensor, ...]:
+    """The lists as int64 tensors on the device, in one copy that nobody waits for."""
+    flat = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64, pin_memory=device.type == "cuda")
+    return flat.to(device, non_blocking=True).split([len(part) for part in lists])
