@@ -12,22 +12,21 @@ import argparse
 import asyncio
 import json
 import multiprocessing
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import grpc
 
 from common import record, wait_until_quiet
+from loads.live_server import live_server
 
 TOKENS_IN, REQUESTS_EACH, IDLE_REQUESTS = 16, 4, 200
-READY = re.compile(r"^chorus ready inference=(\S+) ")
 
 
 def prompt(i: int) -> list[int]:
@@ -150,31 +149,13 @@ def ask(pipe: Connection, what: str) -> Any:
     return pipe.recv()
 
 
-def start_server(folder: str, threads: int) -> tuple[subprocess.Popen[str], str]:
-    """A live server on free ports, and where its inference port listens."""
-    ports = ["--port", "0", "--admin-port", "0", "--metrics-port", "0"]
-    entry = [sys.executable, "-c", "from chorus.cli.main import main; main()"]
-    command = [*entry, "serve", "--state-dir", folder, "--threads", str(threads), *ports]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert server.stdout is not None
-    for line in server.stdout:
-        if ready := READY.match(line):
-            return server, ready[1]
-    sys.exit("the server did not start")
-
-
 def measure(rounds: int, streams: int, threads: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        server, target = start_server(folder, threads)
-        try:
-            engine, client = start(serve_engine, streams, threads), start(serve_client, target, streams)
-            pairs = [(ask(engine, "all"), ask(client, "all")) for _ in range(rounds + 1)][1:]
-            queued = sorted(ask(client, "idle"))
-            for pipe in (engine, client):
-                pipe.send(None)
-        finally:
-            server.terminate()
-            server.wait()
+    with tempfile.TemporaryDirectory() as folder, live_server(Path(folder), "--threads", str(threads)) as server:
+        engine, client = start(serve_engine, streams, threads), start(serve_client, server.inference, streams)
+        pairs = [(ask(engine, "all"), ask(client, "all")) for _ in range(rounds + 1)][1:]
+        queued = sorted(ask(client, "idle"))
+        for pipe in (engine, client):
+            pipe.send(None)
     ratios = sorted(through["tok_s"] / alone for alone, through in pairs)
     return {
         "streams": streams,
