@@ -3,6 +3,7 @@
 Weights are scaled up so that the likeliest token stands clear of the second; peft's B = 0 is replaced by noise.
 """
 
+import copy
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -49,6 +50,7 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         vocab_size=VOCAB, n_embd=64, n_layer=3, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
     ),
     "qwen2": Qwen2Config(**_SHAPE),
+    "qwen2-windowed": Qwen2Config(**_SHAPE, use_sliding_window=True, sliding_window=12, max_window_layers=1),
     "qwen3": Qwen3Config(**_SHAPE, head_dim=16),
     "mistral-windowed": MistralConfig(**_SHAPE, sliding_window=12),
     "gemma": GemmaConfig(**_SHAPE, head_dim=24),
@@ -91,10 +93,16 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 }
 
 
-def save_base(folder: Path, family: str) -> Path:
-    """Writes a tiny random model of the family; the same weights each time."""
+def save_base(folder: Path, family: str, *, tied: bool | None = None) -> Path:
+    """Writes a tiny random model of the family; the same weights each time.
+
+    `tied` says whether the head is the embedding; as the family's row has it if None.
+    """
+    config = copy.deepcopy(FAMILIES[family])
+    if tied is not None:
+        config.tie_word_embeddings = tied
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:  # layers outweigh the embedding, or a tied head would only repeat its input

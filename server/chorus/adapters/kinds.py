@@ -129,8 +129,8 @@ def _check_modules(
     for module, pair in pairs.items():
         if module not in sites:
             raise FailedPrecondition(
-                f"tensor {quote(pair.a_name, 200)}: this base has no module {quote(module, 200)} that LoRA can adapt; "
-                "the adapter was made for another base",
+                f"tensor {quote(pair.a_name, 200)}: this base has no linear, token embedding or head "
+                f"{quote(module, 200)}; the adapter was made for another base, or adapts what is not served",
                 reason="UNKNOWN_MODULE",
             )
         if pair.is_embedding != sites[module].is_embedding:

@@ -33,7 +33,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         Family("llama", "Llama", _COLUMN, _ROW, plain_block=True),
-        Family("qwen2", "Qwen2, Qwen2.5", _COLUMN, _ROW, plain_block=True),
+        Family("qwen2", "Qwen2, Qwen2.5", _COLUMN, _ROW, "sliding window where the config has one", plain_block=True),
         Family("qwen3", "Qwen3", _COLUMN, _ROW, "norms on queries and keys", plain_block=True),
         Family("mistral", "Mistral", _COLUMN, _ROW, "sliding window", plain_block=True),
         Family("gemma", "Gemma", _COLUMN, _ROW, "scaled embedding", plain_block=True),
@@ -55,7 +55,7 @@ FAMILIES = {
             "Phi 3, Phi 4",
             frozenset({"qkv_proj", "gate_up_proj"}),
             _ROW,
-            "fused q/k/v and gate/up: adapters of the fused modules; sliding window; longrope",
+            "fused q/k/v and gate/up, adapted as PEFT does, as one module each; sliding window; longrope",
             plain_block=True,
         ),
         Family("gpt2", "GPT-2", frozenset({"c_attn", "c_fc"}), frozenset({"c_proj"}), "Conv1D, learned positions"),
