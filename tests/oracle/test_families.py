@@ -72,7 +72,7 @@ class World:
 TABLE = {f"{family}, {'tied' if tied else 'untied'}": (family, tied) for family in FAMILIES for tied in (True, False)}
 
 
-@pytest.fixture(scope="module", params=TABLE.values(), ids=TABLE)
+@pytest.fixture(scope="module", params=list(TABLE.values()), ids=list(TABLE))
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
     family, tied = request.param
     return World(tmp_path_factory.mktemp(family), family, tied=tied)

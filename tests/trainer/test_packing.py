@@ -40,10 +40,6 @@ def model_of(family: str) -> Any:
     return model.eval()
 
 
-#: OPT's mask is made without positions.
-HONOURED = [name for name in tiny.FAMILIES if name != "opt"]
-
-
 def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -63,7 +59,7 @@ def learned_alone(model: PreTrainedModel) -> float:
     return total
 
 
-@pytest.mark.parametrize("family", [name for name in HONOURED if name != "phi3-longrope"])
+@pytest.mark.parametrize("family", [name for name in tiny.FAMILIES if name != "phi3-longrope"])
 def test_loss_and_gradients_are_those_of_each_example_alone(family: str) -> None:
     model = model_of(family)
     want, want_gradients = learned_alone(model), gradients(model)
@@ -79,7 +75,7 @@ def test_loss_and_gradients_are_those_of_each_example_alone(family: str) -> None
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * max(scale, 1.0), msg=name)
 
 
-@pytest.mark.parametrize("family", HONOURED)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_family_is_found_to_honour_it(family: str, dtype: torch.dtype) -> None:
     """longrope too, as long as no row outgrows its short frequencies."""
@@ -93,9 +89,7 @@ def test_longrope_is_refused_where_frequencies_would_change() -> None:
 
 
 def test_a_model_that_does_not_heed_positions_is_refused_by_name() -> None:
-    """Bloom has no positions, OPT masks without them; a model that ignores them lets an example see the one before."""
-    with pytest.raises(FailedPrecondition, match=r"models of type 'opt' .*would see the one before it"):
-        check_honoured(model_of("opt"), max_length=64)
+    """Bloom has no positions; a model that ignores them lets an example see the one before."""
     bloom = BloomForCausalLM(BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=2)).eval()
     with pytest.raises(FailedPrecondition, match=r"data\.packing: models of type 'bloom'"):
         check_honoured(bloom, max_length=64)

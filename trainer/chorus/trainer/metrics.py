@@ -5,6 +5,7 @@ Knows batches and a model that takes `logits_to_keep`. Does not know steps, or w
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from chorus.trainer.batches import IGNORED, Batch, evaluation_batches
 from chorus.trainer.encoded import Encoded
+from chorus.trainer.packing import row_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +29,9 @@ class Validation:
     exact_match: float
 
 
-def completion_logits(model: nn.Module, batch: Batch) -> Tensor:
+def completion_logits(model: Any, batch: Batch) -> Tensor:
     """Logits [B, K, V], float32, of the columns that have targets."""
-    packed = {} if batch.positions is None else {"position_ids": batch.positions}
+    packed = {} if batch.positions is None else row_inputs(model.config.model_type, batch.positions, model.dtype)
     logits: Tensor = model(input_ids=batch.input_ids, logits_to_keep=batch.columns, use_cache=False, **packed).logits
     return logits.float()
 

@@ -3,7 +3,8 @@
 Best fit, longest first, once for the whole run: what is in a row depends on the examples and the seed alone, and each
 pass draws an order of rows as it draws one of examples. Positions restart at each example, and that is also how
 transformers knows, where no attention mask is given, that an example sees nothing before its own start; sliding windows
-are kept. A model that does not heed it is found out before the first step.
+are kept. OPT makes its mask without positions and is given one. A model that heeds neither is found out before the
+first step.
 
 Knows encoded examples and how to ask a model. Does not know batches.
 """
@@ -45,6 +46,21 @@ def pack(examples: Sequence[Encoded], max_length: int, seed: int) -> list[Encode
 def fill(rows: Sequence[Encoded], max_length: int) -> float:
     """The share of the rows' `max_length` tokens that is not padding."""
     return sum(len(row.ids) for row in rows) / (len(rows) * max_length)
+
+
+#: Model types that see example from example only by a mask: [B, 1, T, T] of floats, the square of a row.
+_MASKED = frozenset({"opt"})
+
+
+def row_inputs(model_type: str, positions: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a model takes beside the ids of packed rows; `positions` [B, T] restart where an example does."""
+    if model_type not in _MASKED:
+        return {"position_ids": positions}
+    example = (positions == 0).cumsum(dim=1)
+    order = torch.arange(positions.shape[1], device=positions.device)
+    seen = (example[:, :, None] == example[:, None, :]) & (order[:, None] >= order)
+    mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    return {"position_ids": positions, "attention_mask": mask[:, None]}
 
 
 def _row(examples: Sequence[Encoded]) -> Encoded:
@@ -89,7 +105,8 @@ def check_honoured(model: PreTrainedModel, max_length: int) -> None:
 
 def _logits(model: PreTrainedModel, ids: Tensor, positions: Tensor) -> Tensor:
     """Float32 [T, V] of one row."""
-    output: Any = model(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+    inputs = row_inputs(model.config.model_type, positions[None], model.dtype)
+    output: Any = model(input_ids=ids[None], use_cache=False, **inputs)
     logits: Tensor = output.logits[0].float()
     return logits
 
