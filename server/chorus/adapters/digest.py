@@ -41,9 +41,9 @@ def read_verified(folder: Path, *, digest: str, base_digest: str) -> Artifact:
     try:
         artifact = artifacts.read(folder)
     except (ChorusError, OSError) as error:
-        raise DataLoss(f"version {digest}: its stored files can not be read any more") from error
+        raise DataLoss(f"version {digest}: its stored files can not be read any more; push it again") from error
     if version_digest(artifact, base_digest) != digest:
-        raise DataLoss(f"version {digest}: its stored bytes no longer match its digest")
+        raise DataLoss(f"version {digest}: its stored bytes no longer match its digest; push it again")
     return artifact
 
 

@@ -17,7 +17,7 @@ from chorus.adapters.names import AdapterName, parse_name
 from chorus.adapters.records import AdapterRecord, CheckedAdapter, VersionRecord
 from chorus.adapters.registry import Lease, Registry
 from chorus.engine.messages import AdapterRef
-from chorus.errors import FailedPrecondition
+from chorus.errors import DataLoss, FailedPrecondition
 from chorus.services.identity import Tenant
 from chorus.services.resources import adapter_message, version_message
 from chorus.v1 import adapter_pb2
@@ -53,6 +53,7 @@ class Catalog:
         self.on_removed: Callable[[str], None] = lambda digest: None
         self._blobs = BlobStore(state_dir / "blobs")
         self._registry = Registry(state_dir / "registry", on_unreferenced=self._unreferenced)
+        self._damaged: set[str] = set()
         self.tmp = state_dir / "blobs" / "tmp"
         known = self._registry.digests()
         for digest in self._blobs.sweep(known):
@@ -96,6 +97,9 @@ class Catalog:
         try:
             self._check_base(version)
             yield AdapterRef(version.digest, str(self._blobs.path(version.digest))), version
+        except DataLoss:
+            self._damaged.add(version.digest)
+            raise
         finally:
             self._release(lease)
 
@@ -174,6 +178,10 @@ class Catalog:
         )
         failpoints.hit("publish.checked")
         with self._registry.lease(upload.digest):
+            if upload.digest in self._damaged:
+                # Found out by a call that failed; what has just been checked takes the place of what is there.
+                self._blobs.delete(upload.digest)
+                self._damaged.discard(upload.digest)
             self._blobs.put(upload.digest, {file.name: file for file in files})
             failpoints.hit("publish.stored")
             created = self._registry.create_version(name, version, alias or None)

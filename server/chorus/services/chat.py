@@ -119,10 +119,10 @@ def _read(digest: str, folder: Path) -> str:
     try:
         card = read_task(folder)
     except (ChorusError, OSError) as error:
-        raise DataLoss("the adapter's stored task.json can not be read any more") from error
+        raise DataLoss("the adapter's stored task.json can not be read any more; push it again") from error
     template = card.chat_template if card else None
     if template is None or chat_template.digest(template) != digest:
-        raise DataLoss("the adapter's stored chat template no longer matches its digest")
+        raise DataLoss("the adapter's stored chat template no longer matches its digest; push it again")
     return template
 
 
