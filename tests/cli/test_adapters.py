@@ -9,7 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from typer.testing import Result
 
 from chorus.admin.v1 import adapters_pb2
-from chorus.v1 import adapter_pb2
+from chorus.v1 import adapter_pb2, inference_pb2
 from client.fake_chorus import FakeChorus, error_status
 
 Run = Callable[..., Result]
@@ -244,3 +244,69 @@ def test_a_typo_in_a_name_is_pointed_out(fake: FakeChorus, run: Run) -> None:
     fake.answer("Adapters.ListAdapters", adapters_pb2.ListAdaptersResponse(adapters=[ADAPTER]))
     result = run("adapters", "versions", "acme/suport", "--admin", fake.address)
     assert result.stderr == "chorus: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter; did you mean acme/support?\n"
+
+
+def both_versions(fake: FakeChorus) -> str:
+    """The adapter has two versions that begin alike; gives the second's digest."""
+    other = f"abcd{'0' * 60}"
+    second = adapter_pb2.AdapterVersion(name=f"{NAME}/versions/{other}", digest=other)
+    fake.answer("Adapters.ListVersions", adapters_pb2.ListVersionsResponse(versions=[STORED, second]))
+    return other
+
+
+@pytest.mark.parametrize(
+    ("command", "method"),
+    [
+        (("alias", "acme/support", "live", "abcd"), "SetAlias"),
+        (("pin", "acme/support/versions/abcd"), "PinVersion"),
+        (("unpin", "acme/support/versions/abcd"), "UnpinVersion"),
+        (("delete", "acme/support/versions/abcd"), "DeleteVersion"),
+    ],
+)
+def test_how_a_digest_begins_is_enough(fake: FakeChorus, run: Run, command: tuple[str, ...], method: str) -> None:
+    other = both_versions(fake)
+    answers = {"SetAlias": ADAPTER, "DeleteVersion": adapters_pb2.DeleteVersionResponse()}
+    fake.answer(f"Adapters.{method}", answers.get(method, STORED))
+    result = run("adapters", *command, "--admin", fake.address)
+    assert result.exit_code == 0, result.stderr
+    request = fake.calls_of(f"Adapters.{method}")[0].request
+    assert (request.digest if method == "SetAlias" else request.name.rpartition("/")[2]) == other
+
+
+@pytest.mark.parametrize(("begins", "says"), [("ffff", "no version"), ("ab", "'ab' is not")])
+def test_a_beginning_that_names_no_version_is_refused(fake: FakeChorus, run: Run, begins: str, says: str) -> None:
+    both_versions(fake)
+    fake.answer("Adapters.SetAlias", error_status(grpc.StatusCode.INVALID_ARGUMENT, "digest: 'ab' is not one", "X"))
+    result = run("adapters", "alias", "acme/support", "live", begins, "--admin", fake.address)
+    assert result.exit_code == 1
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_beginning_of_several_is_refused(fake: FakeChorus, run: Run) -> None:
+    twins = [
+        adapter_pb2.AdapterVersion(name=f"{NAME}/versions/{d}", digest=d) for d in ("abcd" * 16, "abcd" + "0" * 60)
+    ]
+    fake.answer("Adapters.ListVersions", adapters_pb2.ListVersionsResponse(versions=twins))
+    result = run("adapters", "pin", "acme/support/versions/abcd", "--admin", fake.address)
+    assert result.exit_code == 1
+    assert "2 versions of acme/support begin with abcd; `chorus adapters versions acme/support`" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "says"),
+    [
+        ("acme/support@cnary", [ADAPTER], "acme/support has @live"),
+        ("acme/zebra", [ADAPTER], "acme has acme/support"),
+        ("acme/zebra", [], "acme has no adapters"),
+        ("acme/support/versions/" + "0" * 64, [ADAPTER], "`chorus adapters versions acme/support` tells"),
+    ],
+)
+def test_a_name_unlike_any_other_is_answered_with_what_there_is(
+    fake: FakeChorus, run: Run, name: str, known: list[adapter_pb2.Adapter], says: str
+) -> None:
+    fake.answer("Inference.Generate", error_status(grpc.StatusCode.NOT_FOUND, "no adapter", "ADAPTER_NOT_FOUND"))
+    fake.answer("Inference.ListAdapters", inference_pb2.ListAdaptersResponse(adapters=known))
+    result = run("generate", "--server", fake.address, "--adapter", name, "--prompt", "hi")
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert says in result.stderr

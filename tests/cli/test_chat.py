@@ -59,7 +59,8 @@ def test_each_question_brings_what_was_said(fake: FakeChorus, talk: Talk) -> Non
 
 def test_an_adapter_takes_over_and_the_dialogue_stays(fake: FakeChorus, talk: Talk) -> None:
     fake.answer("Inference.Generate", says("one"))
-    fake.answer("Inference.GetAdapter", adapter_pb2.Adapter(name="tenants/globex/adapters/help"))
+    known = adapter_pb2.Adapter(name="tenants/globex/adapters/help", aliases={"canary": "ab" * 32})
+    fake.answer("Inference.GetAdapter", known)
     fake.answer("Inference.Generate", says("two"))
     done = talk("hi", "/adapter globex/help@canary", "again")
     assert done.stdout == "one\ntwo\n"
@@ -80,6 +81,17 @@ def test_a_wrong_adapter_changes_nothing_and_the_nearest_is_named(fake: FakeChor
     done = talk("/adapter acme/suport", "hi")
     assert (done.returncode, done.stdout) == (1, "one\n")
     assert done.stderr.endswith("no such adapter; did you mean acme/support?\n")
+    assert fake.calls_of("Inference.Generate")[0].request.adapter == ""
+
+
+def test_a_wrong_alias_changes_nothing_and_those_there_are_named(fake: FakeChorus, talk: Talk) -> None:
+    known = adapter_pb2.Adapter(name="tenants/acme/adapters/support", aliases={"live": "ab" * 32})
+    fake.answer("Inference.GetAdapter", known)
+    fake.answer("Inference.ListAdapters", inference_pb2.ListAdaptersResponse(adapters=[known]))
+    fake.answer("Inference.Generate", says("one"))
+    done = talk("/adapter acme/support@cnary", "hi")
+    assert (done.returncode, done.stdout) == (1, "one\n")
+    assert done.stderr.endswith("no alias cnary; acme/support has @live\n")
     assert fake.calls_of("Inference.Generate")[0].request.adapter == ""
 
 

@@ -57,3 +57,10 @@ def test_every_commands_help_has_examples(run: Run, command: tuple[str, ...]) ->
     result = run(*command, "--help")
     assert result.exit_code == 0
     assert f"chorus {' '.join(command)}" in result.stdout.partition("Examples")[2]
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_the_trainers_commands_help_has_examples_too(run: Run, command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: chorus {command}" in result.stdout

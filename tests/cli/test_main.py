@@ -64,7 +64,7 @@ def test_help_is_quick(chorus: Chorus) -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 0.6
+    assert min(seconds() for _ in range(3)) < 0.3
 
 
 @pytest.mark.parametrize(

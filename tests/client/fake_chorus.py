@@ -26,12 +26,14 @@ SERVICES = (
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What one call brought: its messages (one, unless streamed), metadata, and seconds until its deadline."""
+    """What one call brought: its messages (one, unless streamed), metadata, seconds until its deadline, and the
+    caller's end of the connection."""
 
     method: str
     requests: list[Any]
     metadata: dict[str, str | bytes]
     time_left: float | None
+    peer: str
 
     @property
     def request(self) -> Any:
@@ -108,7 +110,7 @@ class FakeChorus(grpc.GenericRpcHandler):
         hasty = streamed and not isinstance(script[0], Message)
         received = [] if hasty else list(request) if streamed else [request]
         metadata = dict(context.invocation_metadata() or ())
-        self.calls.append(Call(name, received, metadata, context.time_remaining()))
+        self.calls.append(Call(name, received, metadata, context.time_remaining(), context.peer()))
         for item in script:
             match item:
                 case Message() if isinstance(item, status_pb2.Status):

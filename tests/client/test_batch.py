@@ -8,10 +8,10 @@ from typing import Any
 import grpc
 import pytest
 
-from chorus.client import AsyncClient, BatchRequest, Progress, read_lines, run_batch, run_file
+from chorus.client import AsyncClient, BatchRequest, Progress, generate_file, read_lines, run_batch, run_file
 from chorus.client.batch import MAX_ATTEMPTS
 from chorus.errors import FailedPrecondition, InvalidArgument, Unavailable
-from chorus.v1 import generate_pb2
+from chorus.v1 import generate_pb2, model_pb2
 from client.fake_chorus import FakeChorus, error_status
 
 DONE = generate_pb2.GenerateResponse(token_ids=[5], text="x", finish_reason=generate_pb2.FINISH_REASON_STOP)
@@ -198,3 +198,22 @@ def test_defaults_are_for_lines_that_say_nothing(tmp_path: Path) -> None:
     first, second = read_lines(path, {"adapter": "acme/support", "max_tokens": 9})
     assert (first.request.adapter, first.request.sampling) == ("acme/support", {"max_tokens": 9})
     assert (second.request.adapter, second.request.sampling) == ("x/y", {"max_tokens": 2})
+
+
+def test_a_program_without_an_event_loop_runs_a_file_in_one_call(fake: FakeChorus, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "b"})
+    fake.answer("Inference.GetModel", model_pb2.Model(has_tokenizer=True))
+    fake.answer("Inference.Generate", DONE, times=2)
+    lines = read_lines(source, {"max_tokens": 5})
+    progress = generate_file(fake.address, lines, tmp_path / "out.jsonl", concurrency=1, timeout=20)
+    assert progress == Progress(total=2, done=2, resumed=0, failed=0)
+    assert [line["id"] for line in written(tmp_path / "out.jsonl")] == ["line-1", "line-2"]
+    assert {call.request.sampling.max_tokens for call in fake.calls_of("Inference.Generate")} == {5}
+
+
+def test_nobody_there_is_known_before_the_first_request(tmp_path: Path) -> None:
+    lines = read_lines(write(tmp_path / "in.jsonl", {"prompt": "a"}))
+    with pytest.raises(Unavailable) as caught:
+        generate_file("127.0.0.1:1", lines, tmp_path / "out.jsonl", timeout=5)
+    assert caught.value.reason == "UNREACHABLE"
+    assert not (tmp_path / "out.jsonl").exists()

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from chorus.client import Client, Sampling, Score, Scores
+from chorus.client import AsyncClient, Client, Sampling, Score, Scores
 from chorus.errors import InvalidArgument
 from chorus.v1 import adapter_pb2, generate_pb2, inference_pb2, model_pb2, tasks_pb2
 from client.fake_chorus import FakeChorus
@@ -217,3 +217,33 @@ def test_one_adapter_is_got_by_short_name(fake: FakeChorus, client: Client) -> N
     adapter = client.adapter("acme/support")
     assert (adapter.name, adapter.aliases, adapter.etag) == ("n", {"live": "ab"}, "e")
     assert fake.calls[0].request.name == "tenants/acme/adapters/support"
+
+
+async def test_calls_share_one_connection(fake: FakeChorus) -> None:
+    fake.answer("Inference.Generate", DONE, times=6)
+    with Client(fake.address, timeout=20) as client:
+        for _ in range(3):
+            client.generate("hi")
+    async with AsyncClient(fake.address, timeout=20) as patient:
+        for _ in range(3):
+            await patient.generate("hi")
+    peers = [call.peer for call in fake.calls_of("Inference.Generate")]
+    assert len(set(peers[:3])) == 1
+    assert len(set(peers[3:])) == 1
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:50051", "HTTPS://host:1", "127.0.0.1", "localhost:", "host:port"]
+)
+def test_an_address_that_is_none_is_refused_with_its_form(address: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"server .*: must be HOST:PORT"):
+        Client(address)
+    with pytest.raises(InvalidArgument, match=r"admin .*: must be HOST:PORT"):
+        Client(None, admin=address)
+
+
+@pytest.mark.parametrize(
+    "address", ["[::1]:50051", "dns:///chorus.internal:443", "unix:/run/chorus.sock", "ipv4:1.2.3.4:5"]
+)
+def test_grpcs_own_forms_of_addresses_pass(address: str) -> None:
+    Client(address).close()

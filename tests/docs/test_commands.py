@@ -19,6 +19,7 @@ from support.tiny import save_adapter
 
 NOT_RUN = {
     "pip install '.[server]'": "it would change what the tests run with",
+    "pip install '.[trainer]'": "the same",
     "curl -s http://127.0.0.1:9400/metrics | grep chorus_step_distinct_adapters": "no curl on every machine",
 }
 # Of a page's training only the first steps.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from chorus.cli.digests import whole_digest, whole_name
 from chorus.cli.lazy import new_app
 from chorus.cli.options import DEFAULT_ADMIN, JsonOption
 from chorus.cli.output import mebibytes, print_json, print_table, progress_bar, short
@@ -24,7 +25,7 @@ app = new_app(
 
   chorus adapters show acme/support
 
-  chorus adapters alias acme/support live 3f9a...c1   [dim]# also how to roll back[/dim]""",
+  chorus adapters alias acme/support live 3f9a1c22   [dim]# also how to roll back[/dim]""",
 )
 
 
@@ -117,11 +118,13 @@ def versions(name: AdapterArgument, admin: AdminOption = DEFAULT_ADMIN, as_json:
         _print_versions(found)
 
 
-@app.command(epilog=example("alias acme/support live 3f9a...c1", 'alias acme/support canary ""'))
+@app.command(epilog=example("alias acme/support live 3f9a1c22", 'alias acme/support canary ""'))
 def alias(
     name: AdapterArgument,
     alias: Annotated[str, typer.Argument(help="For example live or canary.")],
-    digest: Annotated[str, typer.Argument(help='The version to point at; "" removes the alias.')],
+    digest: Annotated[
+        str, typer.Argument(help='The version to point at, or how its digest begins; "" removes the alias.')
+    ],
     *,
     etag: Annotated[str, typer.Option(help="Refuse if the adapter has changed since this etag.")] = "",
     admin: AdminOption = DEFAULT_ADMIN,
@@ -129,14 +132,14 @@ def alias(
 ) -> None:
     """Point an alias at a version: roll out, or roll back."""
     with _client(admin) as client, adapter_suggestions(name, client.list_adapters):
-        adapter = client.set_alias(name, alias, digest, etag=etag)
+        adapter = client.set_alias(name, alias, whole_digest(client, name, digest), etag=etag)
     if as_json:
         print_json(adapter)
     else:
         print(f"{adapter.name}: {_aliases(adapter.aliases)}")
 
 
-@app.command(epilog=example("delete acme/support/versions/3f9a...c1", "delete acme/support"))
+@app.command(epilog=example("delete acme/support/versions/3f9a1c22", "delete acme/support"))
 def delete(
     name: Annotated[str, typer.Argument(help="An adapter with all its versions, or one version.")],
     admin: AdminOption = DEFAULT_ADMIN,
@@ -146,6 +149,7 @@ def delete(
     from chorus.client import expand
 
     with _client(admin) as client, adapter_suggestions(name, client.list_adapters):
+        name = whole_name(client, name)
         client.delete(name)
     if as_json:
         print_json({"deleted": expand(name)})
@@ -153,22 +157,22 @@ def delete(
         print(f"deleted {expand(name)}")
 
 
-@app.command(epilog=example("pin acme/support/versions/3f9a...c1"))
+@app.command(epilog=example("pin acme/support/versions/3f9a1c22"))
 def pin(name: VersionArgument, admin: AdminOption = DEFAULT_ADMIN, as_json: JsonOption = False) -> None:
     """Keep a version on the device."""
     with _client(admin) as client, adapter_suggestions(name, client.list_adapters):
-        version = client.pin(name)
+        version = client.pin(whole_name(client, name))
     if as_json:
         print_json(version)
     else:
         _print_versions([version])
 
 
-@app.command(epilog=example("unpin acme/support/versions/3f9a...c1"))
+@app.command(epilog=example("unpin acme/support/versions/3f9a1c22"))
 def unpin(name: VersionArgument, admin: AdminOption = DEFAULT_ADMIN, as_json: JsonOption = False) -> None:
     """Let a version be evicted again."""
     with _client(admin) as client, adapter_suggestions(name, client.list_adapters):
-        version = client.unpin(name)
+        version = client.unpin(whole_name(client, name))
     if as_json:
         print_json(version)
     else:

@@ -1,6 +1,5 @@
 """`chorus generate --input`: a file of requests, with a progress bar where there is a terminal."""
 
-import asyncio
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -29,16 +28,12 @@ def run(
     except InvalidArgument as error:
         raise typer.BadParameter(error.message) from None
 
-    from chorus.client import AsyncClient, run_file
-
-    async def whole(on_progress: "Callable[[Progress], None]") -> "Progress":
-        async with AsyncClient(server, timeout=timeout) as client:
-            # Nobody there, or the wrong port, is known at once and not after all the tries of a request.
-            await client.model()
-            return await run_file(client, lines, output, concurrency=concurrency, on_progress=on_progress)
+    from chorus.client import generate_file
 
     with _progress(str(source)) as on_progress:
-        progress = asyncio.run(whole(on_progress))
+        progress = generate_file(
+            server, lines, output, concurrency=concurrency, timeout=timeout, on_progress=on_progress
+        )
     resumed = f", {progress.resumed} of them from an earlier run" if progress.resumed else ""
     print(f"{progress.done - progress.failed} of {progress.total} answered{resumed}: {output}", file=sys.stderr)
     if progress.failed:

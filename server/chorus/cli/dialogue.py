@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from chorus.cli.lazy import describe
 from chorus.cli.output import complain
 from chorus.cli.suggest import adapter_suggestions
-from chorus.errors import ChorusError, FailedPrecondition
+from chorus.errors import ChorusError, FailedPrecondition, NotFound
 
 if TYPE_CHECKING:
     from chorus.client import Client, Message, Sampling, Stream
@@ -76,7 +76,9 @@ class Dialogue:
 
         if name:
             with adapter_suggestions(name, self._client.adapters):
-                self._client.adapter(expand(name).partition("@")[0].partition("/versions/")[0])
+                adapter, _, alias = expand(name).partition("/versions/")[0].partition("@")
+                if alias not in {"", *self._client.adapter(adapter).aliases}:
+                    raise NotFound(f"no alias {alias}", reason="ADAPTER_NOT_FOUND")
         self.adapter = name
         self._plain = False
 

@@ -96,10 +96,11 @@ class LazyGroup(TyperGroup):
 
 
 def describe(error: ChorusError) -> str:
-    """Gives an error as `CODE (REASON): message`."""
+    """Gives an error as `CODE (REASON): message`, without a reason that only says the code again."""
+    reason = f" ({error.reason})" if error.reason != error.code else ""
     retry = f" (try again in {error.retry_after_s:g} s)" if error.retry_after_s is not None else ""
     remedy = f"; {REMEDIES[error.reason]}" if error.reason in REMEDIES else ""
-    return f"{error.code} ({error.reason}): {error.message}{retry}{remedy}"
+    return f"{error.code}{reason}: {error.message}{retry}{remedy}"
 
 
 def load(name: str, command: Deferred) -> Any:

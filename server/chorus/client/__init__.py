@@ -14,7 +14,7 @@ Every failure is raised as a class of `chorus.errors`, whether the server or the
 
 from chorus.client.aio import AsyncClient
 from chorus.client.batch import BatchOutcome, BatchRequest, run_batch
-from chorus.client.batch_file import Progress, run_file
+from chorus.client.batch_file import Progress, generate_file, run_file
 from chorus.client.batch_lines import InputLine, read_lines
 from chorus.client.client import Client
 from chorus.client.names import expand
@@ -66,6 +66,7 @@ __all__ = [
     "TokenLogprob",
     "Usage",
     "expand",
+    "generate_file",
     "read_lines",
     "run_batch",
     "run_file",

@@ -7,6 +7,7 @@ Lines are in the order in which requests end; `id` and `line` say whose they are
 errors and a torn last line, and asks for what is missing.
 """
 
+import asyncio
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 from chorus.client.aio import AsyncClient
 from chorus.client.batch import BatchOutcome, run_batch
 from chorus.client.batch_lines import InputLine
+from chorus.client.settings import DEFAULT_TIMEOUT_S
 from chorus.errors import FailedPrecondition
 
 # Of every line, by which a torn one is told from a file that is not ours.
@@ -66,6 +68,29 @@ async def run_file(
                 on_progress(progress)
         os.fsync(file.fileno())
     return progress
+
+
+def generate_file(
+    server: str,
+    lines: Sequence[InputLine],
+    output: Path,
+    *,
+    concurrency: int = 16,
+    timeout: float | None = DEFAULT_TIMEOUT_S,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Progress:
+    """`run_file` for programs without an event loop: opens a client of its own for `server`, and waits for the end.
+
+    Raises what `run_file` raises, and Unavailable at once where nobody listens.
+    """
+
+    async def whole() -> Progress:
+        async with AsyncClient(server, timeout=timeout) as client:
+            # Nobody there, or the wrong port, is known now and not after all the tries of a request.
+            await client.model()
+            return await run_file(client, lines, output, concurrency=concurrency, on_progress=on_progress)
+
+    return asyncio.run(whole())
 
 
 def _encode(line: InputLine, outcome: BatchOutcome) -> bytes:

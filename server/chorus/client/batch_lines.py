@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 from chorus.client.batch import BatchRequest
@@ -34,7 +35,7 @@ class InputLine:
     sha256: str
 
 
-def read_lines(path: Path, defaults: Mapping[str, Any]) -> list[InputLine]:
+def read_lines(path: Path, defaults: Mapping[str, Any] = MappingProxyType({})) -> list[InputLine]:
     """Reads and checks every line; `defaults` are the fields of lines that do not set them. Blank lines are skipped.
 
     Raises:

@@ -12,15 +12,21 @@ from chorus.errors import ChorusError, InvalidArgument
 
 DEFAULT_TIMEOUT_S = 60.0
 PUSH_TIMEOUT_S = 600.0
+# gRPC has names of its own for addresses, `dns:///HOST:PORT` and `unix:PATH` among them; a URL is none.
+_SCHEME = re.compile(r"https?://", re.IGNORECASE)
+_ADDRESS = re.compile(r":\d+$|^unix:|:///")
 _ID = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 class Settings:
-    """Raises InvalidArgument for a tenant or a timeout that no server would take."""
+    """Raises InvalidArgument for an address that is none, and for a tenant or a timeout that no server would take."""
 
     def __init__(self, server: str | None, admin: str | None, timeout: float | None, tenant: str | None) -> None:
         if tenant is not None and not _ID.fullmatch(tenant):
             raise InvalidArgument(f"tenant {tenant!r}: must match {_ID.pattern}", field="tenant")
+        for name, address in (("server", server), ("admin", admin)):
+            if address and (_SCHEME.match(address) or not _ADDRESS.search(address)):
+                raise InvalidArgument(f"{name} {address!r}: must be HOST:PORT, as 127.0.0.1:50051", field=name)
         self.timeout = checked_timeout(timeout)
         self.metadata = (("chorus-tenant", tenant),) if tenant else ()
         self._server = server
