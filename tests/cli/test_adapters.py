@@ -297,8 +297,8 @@ def test_a_beginning_of_several_is_refused(fake: FakeChorus, run: Run) -> None:
     ("name", "known", "says"),
     [
         ("acme/support@cnary", [ADAPTER], "acme/support has @live"),
-        ("acme/zebra", [ADAPTER], "acme has acme/support"),
-        ("acme/zebra", [], "acme has no adapters"),
+        ("acme/zebra", [ADAPTER], "tenant acme has acme/support"),
+        ("acme/zebra", [], "tenant acme has no adapters"),
         ("acme/support/versions/" + "0" * 64, [ADAPTER], "`chorus adapters versions acme/support` tells"),
     ],
 )

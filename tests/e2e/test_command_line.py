@@ -112,4 +112,7 @@ def test_error_is_one_line_with_code_and_reason_and_exit_code_1(tiny: ServerProc
     options = ("--server", tiny.inference, "--adapter", "nobody/nothing", "--token-ids", "3", "--json")
     done = run_command("generate", *options)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "chorus: NOT_FOUND (ADAPTER_NOT_FOUND): no such adapter, alias or version\n"
+    assert (
+        done.stderr
+        == "chorus: NOT_FOUND (ADAPTER_NOT_FOUND): no such adapter, alias or version; tenant nobody has no adapters\n"
+    )

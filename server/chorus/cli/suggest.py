@@ -53,9 +53,9 @@ def _hint(name: str, adapters: "Callable[..., tuple[Adapter, ...]]") -> str | No
 
 def _what_there_is(tenant: str, known: list[str]) -> str:
     if not known:
-        return f"{tenant} has no adapters"
+        return f"tenant {tenant} has no adapters"
     more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
-    return f"{tenant} has {', '.join(known[:_SHOWN])}{more}"
+    return f"tenant {tenant} has {', '.join(known[:_SHOWN])}{more}"
 
 
 def _short(name: str) -> str:
