@@ -45,6 +45,29 @@ def wait_until_quiet() -> None:
             sys.exit(f"something else keeps {busy:.1f} cores busy: no figures from such a machine")
 
 
+class Others:
+    """How many cores processes that are not ours, nor of ours, have kept busy since this was made."""
+
+    def __init__(self) -> None:
+        self._began, self._spent = time.monotonic(), self._seconds()
+
+    def cores(self) -> float:
+        return (self._seconds() - self._spent) / (time.monotonic() - self._began)
+
+    def refuse(self) -> float:
+        """The cores; exits with a message if they make a measurement worthless."""
+        if (cores := self.cores()) > QUIET_CORES:
+            sys.exit(f"something else kept {cores:.1f} cores busy meanwhile: no figures from such a machine")
+        return cores
+
+    @staticmethod
+    def _seconds() -> float:
+        times = psutil.cpu_times()
+        me = psutil.Process()
+        ours = sum(sum(process.cpu_times()[:4]) for process in (me, *me.children(recursive=True)))
+        return float(times.user + times.system + times.nice - ours)
+
+
 def median_seconds(work: Callable[[], object], repeats: int = 20) -> float:
     """Median wall seconds of one call, after two that are not counted."""
     times = []
@@ -82,7 +105,7 @@ def machine() -> dict[str, Any]:
     """Where and with what this was measured."""
     return {
         "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){RESULTS}")),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "cpu": _cpu_name(),
         "cores": psutil.cpu_count(),

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from common import copy_bandwidth, matmul_rate, record, wait_until_quiet
+from common import Others, copy_bandwidth, matmul_rate, record, wait_until_quiet
 from peers import vllm_cpu
 from peers.process import Answer, Contestant
 from peers.work import WORKLOADS, save_weights
@@ -149,12 +149,15 @@ def main() -> None:
     print("ceilings: " + ", ".join(f"{name} {value:.1f}" for name, value in ceilings.items()), file=sys.stderr)
     row: dict[str, Any] = {"device": arguments.device, **ceilings}
     with contestants(arguments.device, peers) as field:
+        neighbours = Others()
         answers, floors = measure(field, arguments.rounds)
         speed = speed_row(field, answers)
         row |= speed | efficiency_row(speed, floors)
         row |= profile_row(field) if arguments.profile else {}
         memory = field.chorus.ask(ask="memory")
+        row["others_cores"] = neighbours.cores()
     print(f"memory: {memory}", file=sys.stderr)
+    print(f"others kept {row['others_cores']:.2f} cores busy", file=sys.stderr)
     row |= memory
     record("engine", row)
     if arguments.json:

@@ -44,25 +44,11 @@ def all_tokens(streams: int) -> int:
 
 def engine_alone(streams: int, threads: int) -> Callable[[], float]:
     """A function that generates with the engine alone and returns its tokens/s."""
-    import torch
-
     from chorus.config import ServerConfig
     from chorus.engine import messages as m
-    from chorus.engine.engine import Engine
-    from chorus.engine.memory import plan_memory
-    from chorus.models.base import load_base
+    from loads.alone import engine_of
 
-    torch.set_num_threads(threads)
-    config = ServerConfig()
-    base = load_base(None, device=config.device, dtype=config.dtype)
-    engine = Engine(
-        base,
-        plan_memory(base, config),
-        max_rank=config.max_rank,
-        max_rows=config.max_rows,
-        max_step_tokens=config.max_step_tokens,
-        max_queue=config.max_queue,
-    )
+    engine, _, _ = engine_of(ServerConfig(threads=threads))
 
     def submit(stream: int, turn: int) -> m.Submit:
         sampling = m.Sampling(tokens_out(stream, turn), temperature=0.0, ignore_eos=True)

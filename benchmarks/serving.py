@@ -19,7 +19,7 @@ from typing import Any
 
 from chorus.client.aio import AsyncClient
 from chorus.models.checkpoint import base_folder
-from common import record, wait_until_quiet
+from common import Others, record, wait_until_quiet
 from loads.distinct import write_adapter
 from loads.figures import figures
 from loads.live_server import LiveServer, live_server
@@ -115,6 +115,11 @@ def tax(rows: list[dict[str, Any]]) -> dict[str, float]:
     return {f"requests_s_{n}_over_0": speed[n] / speed[0] for n in speed if n and 0 in speed}
 
 
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What all runs have in common."""
+    return {key: value for key, value in vars(arguments).items() if key not in ("adapters", "rates", "json")}
+
+
 def main() -> None:
     arguments = parse()
     wait_until_quiet()
@@ -126,8 +131,9 @@ def main() -> None:
             count = max(arguments.adapters)
             asyncio.run(push(server, config, Path(name) / "adapters", count, arguments.ranks))
         with live_server(state_dir, *options) as server:  # anew: it has loaded no adapter
+            others = Others()
             rows = asyncio.run(measure(server, arguments, config["vocab_size"]))
-    common = {key: value for key, value in vars(arguments).items() if key not in ("adapters", "rates", "json")}
+            common = {"others_cores": others.refuse(), **options_of(arguments)}
     run_id = int(time.time())
     for row in rows:
         record("serving", {"run": run_id, **common, **row})

@@ -36,9 +36,8 @@ async def first_token_ms(
             raise RuntimeError(f"adapter {adapter}: {outcome.error}")
         return outcome.first_token * 1e3
 
-    for _ in range(WARM_UP):
-        await first_token(BASE)
-    times: dict[str, list[float]] = {"base": [], "cold": [], "warm": [], "hot": []}
+    base = [await first_token(BASE) for _ in range(2 * WARM_UP)]
+    times: dict[str, list[float]] = {"base": base[WARM_UP:], "cold": [], "warm": [], "hot": []}
     for i, adapter in enumerate(adapters):
         if i % 2:
             drop_pages(blobs)

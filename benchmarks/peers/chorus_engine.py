@@ -6,13 +6,9 @@ import sys
 import time
 from pathlib import Path
 
-from chorus.adapters import artifact as artifacts
-from chorus.adapters.digest import version_digest
 from chorus.config import ServerConfig
 from chorus.engine import messages as m
-from chorus.engine.engine import Engine
-from chorus.engine.memory import plan_memory
-from chorus.models.base import load_base
+from loads.alone import engine_of, load_adapters
 from peers.process import Answer, serve
 from peers.work import REQUESTS, TOKENS_OUT, adapter_folders, base_folder, prompts
 from step_profile import StepProfile
@@ -24,16 +20,15 @@ class ChorusEngine:
     """Answers with tokens/s and the median decode step; with where a step's time goes; with its memory."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        config = ServerConfig(kv_cache_mb=KV_MB, adapter_memory_mb=ADAPTER_MB)
-        self._base = load_base(str(base_folder(folder)), device=device, dtype="bfloat16")
-        memory = plan_memory(self._base, config)
-        self._engine = Engine(self._base, memory, max_rank=64, max_rows=REQUESTS, max_step_tokens=512, max_queue=64)
-        facts = self._base.facts
-        self._refs = [
-            m.AdapterRef(version_digest(artifacts.read(path), facts.digest), str(path))
-            for path in adapter_folders(folder)
-        ]
-        self._load()
+        config = ServerConfig(
+            model=str(base_folder(folder)),
+            device="cuda" if device == "cuda" else "cpu",
+            kv_cache_mb=KV_MB,
+            adapter_memory_mb=ADAPTER_MB,
+            max_rows=REQUESTS,
+        )
+        self._engine, self._base, _ = engine_of(config)
+        self._refs, _ = load_adapters(self._engine, self._base, adapter_folders(folder))
 
     def answer(self, ask: str, adapters: int = 0, turn: int = 0) -> Answer:
         match ask:
@@ -79,14 +74,6 @@ class ChorusEngine:
             m.Submit(i, tuple(prompt), sampling, self._refs[i % adapters] if adapters else None)
             for i, prompt in enumerate(prompts(adapters, turn))
         ]
-
-    def _load(self) -> None:
-        loaded: set[str] = set()
-        commands: list[m.Pin] = [m.Pin(ref) for ref in self._refs]
-        while len(loaded) < len(self._refs):
-            loaded |= {event.digest for event in self._engine.step(commands).events if isinstance(event, m.Loaded)}
-            commands = []
-            time.sleep(0.01)
 
     def _memory(self) -> Answer:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
