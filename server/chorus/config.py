@@ -51,6 +51,9 @@ class ServerConfig(BaseModel):
     max_step_tokens: int = Field(
         default=512, ge=16, le=65536, description="Tokens of one step, at most; longer prompts split."
     )
+    prefix_cache: Literal["tenant", "request"] = Field(
+        default="tenant", description="Who finds a prompt's keys and values again; request: its own outputs alone."
+    )
     max_queue: int = Field(default=1024, ge=1, description="Requests that wait, at most; more are refused.")
     max_message_mb: int = Field(default=64, ge=1, le=1024, description="The largest gRPC message, MiB.")
     max_adapter_mb: int = Field(default=1024, ge=1, description="The largest adapter upload, MiB.")

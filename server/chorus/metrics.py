@@ -54,8 +54,9 @@ class Metrics:
         self._tenant_requests.labels(label).inc()
         self._tenant_tokens.labels(label).inc(prompt_tokens)
 
-    def request_started(self, queue_s: float) -> None:
+    def request_started(self, queue_s: float, cached_tokens: int) -> None:
         self._queue_time.observe(max(queue_s, 0.0))
+        self._cached.inc(cached_tokens)
 
     def tokens_arrived(
         self, tenant: str | None, count: int, since_arrival_s: float | None, since_last_s: float | None
@@ -87,6 +88,7 @@ class Metrics:
         stats = events.stats
         self._set_gauges(stats)
         self._preemptions.inc(stats.preemptions)
+        self._page_evictions.inc(stats.page_evictions)
         self._evictions.labels("device").inc(stats.evictions)
         self._hits.labels("device").inc(stats.adapter_hits)
         if events.ran:
@@ -101,6 +103,7 @@ class Metrics:
         self._waiting.set(stats.waiting)
         self._waiting_for_adapter.set(stats.waiting_for_adapter)
         self._kv_usage.set(stats.kv_usage)
+        self._kv_kept.set(stats.kv_kept)
         self._pool_usage.set(stats.pool_usage)
         self._resident.labels("device").set(stats.resident_device)
         self._resident.labels("host").set(stats.resident_host)
@@ -159,6 +162,9 @@ class Metrics:
             "chorus_requests_waiting_for_adapter", "Requests that wait for their adapter to load."
         )
         self._kv_usage = self._gauge("chorus_kv_cache_usage_ratio", "Share of the KV blocks in use, 0 to 1.")
+        self._kv_kept = self._gauge(
+            "chorus_prefix_cache_kept_ratio", "Share of the KV blocks that nobody uses and that can be found, 0 to 1."
+        )
         self._pool_usage = self._gauge("chorus_adapter_pool_usage_ratio", "Share of the rank rows in use, 0 to 1.")
         self._resident = self._gauge("chorus_adapters_resident", "Adapter versions in memory.", "tier")
         for tier in ("device", "host"):
@@ -167,6 +173,9 @@ class Metrics:
 
     def _engine_counters(self) -> None:
         self._preemptions = self._counter("chorus_preemptions_total", "Requests preempted for lack of KV blocks.")
+        self._page_evictions = self._counter(
+            "chorus_prefix_cache_evictions_total", "KV blocks that could be found and had to make room."
+        )
         self._evictions = self._counter("chorus_adapter_evictions_total", "Versions evicted.", "tier")
         self._hits = self._counter("chorus_adapter_hits_total", "Requests that found their version.", "tier")
         for counter in (self._evictions, self._hits):

@@ -13,12 +13,23 @@ def sequence(request_id: int, length: int, index: int = 0) -> Sequence:
     return Sequence(request_id, tuple(range(length)), Sampling(max_tokens=1), index=index)
 
 
-def computed(pool: BlockPool, length: int) -> Sequence:
-    """A sequence that has its tokens in the cache, but for the last one."""
+KEYS = [b"0", b"1"]
+
+
+def kept(pool: BlockPool, length: int, keys: list[bytes] = KEYS) -> Sequence:
+    """A sequence that has its tokens in the cache, but for the last one; its full pages are found by `keys`."""
     seq = sequence(1, length)
     assert pool.allocate_for(seq, length)
     seq.computed = length - 1
+    seq.page_keys += keys
+    for block, key in zip(seq.blocks, keys, strict=False):
+        pool.keep(block, key)
     return seq
+
+
+def share(pool: BlockPool, seq: Sequence) -> None:
+    seq.page_keys += KEYS
+    pool.share(seq, pool.find(KEYS))
 
 
 @given(
@@ -75,10 +86,10 @@ def test_a_pool_without_room_is_refused(blocks: int, size: int) -> None:
 
 
 class TestSharing:
-    def test_the_full_pages_of_the_prompt_get_another_owner_and_none_is_taken(self) -> None:
+    def test_full_pages_that_are_found_get_another_owner_and_none_is_taken(self) -> None:
         pool = BlockPool(8, 4)
-        one, two = computed(pool, 10), sequence(1, 10, index=1)
-        pool.share(one, two)
+        one, two = kept(pool, 10), sequence(1, 10, index=1)
+        share(pool, two)
         assert (two.blocks, two.computed, pool.free_count) == (one.blocks[:2], 8, 5)
         assert pool.allocate_for(two, 10)
         assert two.blocks[2] not in one.blocks
@@ -87,8 +98,8 @@ class TestSharing:
     @pytest.mark.parametrize("first", [0, 1])
     def test_a_page_is_free_when_its_last_owner_is_gone(self, first: int) -> None:
         pool = BlockPool(8, 4)
-        outputs = [computed(pool, 10), sequence(1, 10, index=1)]
-        pool.share(*outputs)
+        outputs = [kept(pool, 10), sequence(1, 10, index=1)]
+        share(pool, outputs[1])
         gone, here = outputs[first], outputs[1 - first]
         shared = here.blocks[:2]
         pool.free(gone)
@@ -98,17 +109,84 @@ class TestSharing:
         pool.free(here)
         assert pool.free_count == 8
 
-    def test_pages_that_are_not_computed_are_refused(self) -> None:
+    def test_a_sequence_does_not_start_with_all_that_it_has(self) -> None:
         pool = BlockPool(8, 4)
-        one = computed(pool, 10)
-        one.computed = 7
-        with pytest.raises(RuntimeError, match="can not share 2 pages"):
-            pool.share(one, sequence(1, 10, index=1))
+        kept(pool, 10)
+        with pytest.raises(RuntimeError, match="can not start with 2 pages"):
+            pool.share(sequence(2, 8), pool.find(KEYS[:2]))
 
-    def test_pages_of_another_request_are_refused(self) -> None:
+    def test_a_sequence_that_has_blocks_does_not_start_again(self) -> None:
         pool = BlockPool(8, 4)
-        with pytest.raises(RuntimeError, match="can not share"):
-            pool.share(computed(pool, 10), sequence(2, 10))
+        one = kept(pool, 10)
+        with pytest.raises(RuntimeError, match="can not start"):
+            pool.share(one, pool.find(KEYS[:2]))
+
+
+class TestKeeping:
+    def test_pages_are_found_after_their_owner_has_gone_and_count_as_free(self) -> None:
+        pool = BlockPool(8, 4)
+        one = kept(pool, 10)
+        blocks = one.blocks[:2]
+        pool.free(one)
+        assert (pool.find(KEYS), pool.free_count, pool.kept_count, pool.usage) == (blocks, 8, 2, 0)
+
+    def test_a_page_without_those_before_it_is_not_found(self) -> None:
+        pool = BlockPool(8, 4)
+        kept(pool, 10)
+        assert pool.find([b"other", *KEYS]) == []
+        assert len(pool.find([KEYS[0], b"other", KEYS[1]])) == 1
+
+    def test_blank_pages_are_used_first_then_the_tail_of_what_was_used_longest_ago(self) -> None:
+        pool = BlockPool(5, 4)
+        old, new = kept(pool, 9), kept(pool, 5, keys=[b"new"])
+        pool.free(old)
+        pool.free(new)
+        other = sequence(3, 20)
+        found = []
+        for length in (4, 8, 12, 16, 20):
+            assert pool.allocate_for(other, length)
+            found.append((len(pool.find(KEYS)), len(pool.find([b"new"])), pool.evictions))
+            pool.check_integrity([other])
+        assert found == [(2, 1, 0), (2, 1, 0), (1, 1, 1), (0, 1, 2), (0, 0, 3)]
+
+    def test_pages_that_somebody_uses_again_are_not_taken(self) -> None:
+        pool = BlockPool(4, 4)
+        pool.free(kept(pool, 10))
+        again, other = sequence(2, 10), sequence(3, 12)
+        share(pool, again)
+        assert pool.room_after([], 8) == 0
+        assert not pool.allocate_for(other, 12)
+        assert pool.allocate_for(other, 8)
+        assert pool.find(KEYS) == again.blocks
+
+    def test_what_is_found_but_not_owned_takes_room_as_a_blank_page_does(self) -> None:
+        pool = BlockPool(4, 4)
+        one = kept(pool, 10)
+        assert pool.room_after(pool.find(KEYS), 12) == 1 - 1
+        pool.free(one)
+        assert pool.room_after(pool.find(KEYS), 12) == 4 - 3
+
+    def test_the_same_page_computed_twice_is_found_once_as_that_with_an_owner(self) -> None:
+        pool = BlockPool(8, 4)
+        one, two = kept(pool, 10), kept(pool, 10)
+        assert pool.find(KEYS) == one.blocks[:2]
+        pool.free(two)
+        pool.check_integrity([one])
+        pool.free(one)
+        three = kept(pool, 10)
+        assert pool.find(KEYS) == three.blocks[:2]
+        pool.check_integrity([three])
+
+    def test_what_is_forgotten_is_not_found_and_whoever_shares_it_keeps_it(self) -> None:
+        pool = BlockPool(8, 4)
+        one, two = kept(pool, 10), sequence(2, 10)
+        share(pool, two)
+        pool.forget(one)
+        assert pool.find(KEYS) == []
+        pool.free(one)
+        assert (len(two.blocks), pool.free_count, pool.kept_count) == (2, 6, 0)
+        pool.free(two)
+        assert (pool.free_count, pool.kept_count) == (8, 0)
 
 
 class TestIntegrity:
@@ -128,16 +206,23 @@ class TestIntegrity:
 
     def test_a_shared_block_at_another_page_is_found(self) -> None:
         pool = BlockPool(8, 4)
-        one, two = computed(pool, 10), sequence(1, 10, index=1)
-        pool.share(one, two)
+        one, two = kept(pool, 10), sequence(1, 10, index=1)
+        share(pool, two)
         two.blocks.reverse()
         with pytest.raises(RuntimeError, match="another page"):
             pool.check_integrity([one, two])
 
+    def test_a_block_that_is_found_as_what_somebody_else_has_computed_is_found(self) -> None:
+        pool = BlockPool(8, 4)
+        one = kept(pool, 10)
+        one.page_keys[1] = b"other"
+        with pytest.raises(RuntimeError, match="found as somebody else's"):
+            pool.check_integrity([one])
+
     def test_a_shared_block_that_is_still_written_to_is_found(self) -> None:
         pool = BlockPool(8, 4)
-        one, two = computed(pool, 10), sequence(1, 10, index=1)
-        pool.share(one, two)
+        one, two = kept(pool, 10), sequence(1, 10, index=1)
+        share(pool, two)
         two.computed = 7
         with pytest.raises(RuntimeError, match="still writes to it"):
             pool.check_integrity([one, two])

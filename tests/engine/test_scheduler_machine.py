@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from chorus.engine.kv_cache import BlockPool
-from chorus.engine.messages import AdapterRef, FinishReason, Sampling, Submit
+from chorus.engine.messages import AdapterRef, FinishReason, Sampling, Submit, TokenLogprob
 from chorus.engine.schedule import Chunk, Schedule
 from chorus.engine.scheduler import Scheduler
 from chorus.engine.sequence import Key, Sequence, outputs_of
@@ -25,6 +25,7 @@ from support.kv_contents import KVContents
 
 EOS = 0
 STOP_TOKENS = frozenset({1})
+TENANTS = ["", "t", "u"]
 ADAPTERS = [AdapterRef(digest, f"/{digest}") for digest in "abcd"]
 
 
@@ -52,6 +53,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         queue=st.integers(6, 16) | st.integers(1, 6),
         slots=st.integers(1, 3),
         short=st.none() | st.integers(1, 20),
+        cache=st.sampled_from([True, True, False]),
     )
     def build(
         self,
@@ -63,6 +65,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         queue: int,
         slots: int,
         short: int | None,
+        cache: bool,
     ) -> None:
         self.pool, self.gate = BlockPool(blocks, block_size), LoadingGate(slots)
         self.contents, self.short = KVContents(block_size, short), short
@@ -77,6 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             eos_token_ids=frozenset({EOS}),
             max_queue=queue,
             short_length=short,
+            prefix_cache=cache,
         )
         self.now, self.arrivals = 0.0, 0
         self.live: dict[Key, Expected] = {}
@@ -97,6 +101,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         patience=st.none() | st.none() | st.integers(0, 40),
         copies=st.integers(1, 4),
         n=st.just(1) | st.integers(1, 5),
+        text=st.none() | st.integers(0, 2),
+        tenant=st.sampled_from(TENANTS),
     )
     def add(
         self,
@@ -107,10 +113,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         patience: int | None,
         copies: int,
         n: int,
+        text: int | None,
+        tenant: str,
     ) -> None:
         deadline = None if patience is None else self.now + patience
         for _ in range(copies):
-            self._add(prompt, sampling, adapter, priority, deadline, n)
+            self._add(prompt, sampling, adapter, priority, deadline, n, text, tenant)
 
     @rule(
         prompt=st.integers(4, 12),
@@ -124,11 +132,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._add(prompt, Sampling(new, ignore_eos=True, prompt_logprobs=reads), adapter, 1, None, n)
 
     def _add(
-        self, prompt: int, sampling: Sampling, adapter: AdapterRef | None, priority: int, deadline: float | None, n: int
+        self,
+        prompt: int,
+        sampling: Sampling,
+        adapter: AdapterRef | None,
+        priority: int,
+        deadline: float | None,
+        n: int,
+        text: int | None = None,
+        tenant: str = "",
     ) -> None:
+        """Adds a request; those of the same `text` have as much of their prompts in common as the shorter one has."""
         self.arrivals += 1
-        tokens = tuple(100 * self.arrivals + i for i in range(prompt))
-        submit = Submit(self.arrivals, tokens, sampling, adapter, priority, deadline, n)
+        tokens = tuple(100 * (self.arrivals + 100 if text is None else text) + i for i in range(prompt))
+        submit = Submit(self.arrivals, tokens, sampling, adapter, priority, deadline, n, tenant)
         outputs = outputs_of(submit, self.now)
         too_long = prompt + min(sampling.max_tokens, 1) > self.longest
         room = self.queue - self.scheduler.waiting
@@ -165,7 +182,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
             for chunk in schedule.chunks:
                 self.contents.write(chunk, spoiled=True)
-            assert self.scheduler.discard(sorted(guilty)) == sorted(guilty)
+            self._distrust(guilty)
+            assert self.scheduler.fail(sorted(guilty)) == sorted(guilty)
             self._forget(guilty)
         if accident == "abort" and self.live:
             self.abort(data)
@@ -230,6 +248,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.pool.usage == 0
         assert not +self.gate.refs
 
+    def _distrust(self, request_ids: set[int]) -> None:
+        """Pages that the guilty alone have hold what nobody may ever read."""
+        owners = Counter(block for e in self.live.values() for block in set(e.seq.blocks))
+        for expected in self.live.values():
+            if expected.seq.request_id in request_ids:
+                for block in expected.seq.blocks:
+                    if owners[block] == 1:
+                        self.contents.spoil(block)
+
     def _forget(self, request_ids: set[int]) -> None:
         self.live = {key: e for key, e in self.live.items() if key[0] not in request_ids}
 
@@ -252,19 +279,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         return schedule
 
     def _check_admission(self, chunk: Chunk, ran: set[Sequence]) -> None:
-        """Who joins has its prompt's pages from a sibling, and computes them only if none runs on its side."""
-        expected, pages = self.live[chunk.seq.key], (len(chunk.seq.prompt) - 1) // self.pool.block_size
+        """Who joins starts behind full pages, and computes at least a token and every row that it has to tell of.
+
+        If an output of its request runs, on its side, it starts behind their prompt's pages at least.
+        """
+        expected, size = self.live[chunk.seq.key], self.pool.block_size
+        pages = (len(chunk.seq.prompt) - 1) // size
         siblings = [
             e
             for key, e in self.live.items()
             if key[0] == chunk.seq.request_id and e.seq in ran and self._is_long(e) == self._is_long(expected)
         ]
+        assert chunk.start % size == 0
+        assert chunk.start < expected.total
         reads = chunk.seq.sampling.prompt_logprobs is not None and not expected.output
-        if pages and siblings and not reads:
-            assert chunk.start == pages * self.pool.block_size
-            assert any(e.computed >= chunk.start and e.seq.blocks[:pages] == chunk.seq.blocks[:pages] for e in siblings)
-        else:
-            assert chunk.start == 0
+        is_unlike_others = chunk.seq.prompt[0] >= 100 * 100
+        if pages and siblings and not reads and is_unlike_others:
+            assert chunk.start >= pages * size
+            assert any(
+                e.computed >= pages * size and e.seq.blocks[:pages] == chunk.seq.blocks[:pages] for e in siblings
+            )
         expected.computed = chunk.start
 
     def _check_chunks(self, schedule: Schedule) -> None:
@@ -305,6 +339,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for chunk in here:
             self.live[chunk.seq.key].computed += chunk.count
             self.contents.write(chunk)
+            self._tell(chunk)
         done = [chunk.seq.key for chunk in here if self.live[chunk.seq.key].computed == self.live[chunk.seq.key].total]
         results = self.scheduler.advance(schedule, drawn)
         assert [seq.key for seq, _ in results] == done
@@ -319,6 +354,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             elif expected.total - 1 == self.short:
                 expected.computed = 0
                 assert not seq.blocks
+
+    def _tell(self, chunk: Chunk) -> None:
+        """The prompt's rows that are to be told of come in order, each once, none passed over."""
+        seq = chunk.seq
+        if told := seq.untold_rows(chunk.start, chunk.count):
+            assert told.start == len(seq.prompt_logprobs)
+            seq.prompt_logprobs += [TokenLogprob(0.0)] * len(told)
+        if seq.sampling.prompt_logprobs is not None and seq.computed + chunk.count == seq.length:
+            assert len(seq.prompt_logprobs) == len(seq.prompt) - 1
 
     def _is_long(self, expected: Expected) -> bool:
         return self.short is not None and expected.total > self.short

@@ -47,7 +47,9 @@ class TestSharing:
         outputs = bench.add_outputs(3, prompt=22)
         bench.steps(2)
         bench.scheduler.abort(1, 0)
-        assert [scheduled(step) for step in bench.steps(3)] == [[outputs[1]]] * 3
+        step = bench.step()  # behind what the first has left, that is less than a chunk
+        assert (indices(scheduled(step)), work(step)) == ([1], [(1, 16, 6, True)])
+        assert outputs[1].output
         assert indices(scheduled(bench.step())) == [1, 2]
 
     def test_a_sibling_is_admitted_for_the_pages_that_it_adds(self) -> None:
@@ -87,18 +89,26 @@ class TestPreempted:
         assert (second.blocks, second.computed) == ([], 0)
         return bench, other, first, second
 
-    def test_output_shares_again_while_a_sibling_runs(self) -> None:
+    def test_output_finds_its_own_pages_again_and_shares_its_prompts_with_a_sibling(self) -> None:
         bench, other, first, second = self.crowded()
         bench.scheduler.abort(other.request_id)
         there = first.length - 1
-        assert work(bench.step()) == [(2, there, 1, True), (2, 8, second.length - 1 - 8, True)]
+        assert work(bench.step()) == [(2, there, 1, True), (2, 12, second.length - 1 - 12, True)]
         assert first.blocks[:2] == second.blocks[:2]
 
-    def test_output_computes_its_prompt_again_if_no_sibling_runs(self) -> None:
+    def test_output_finds_its_pages_again_if_no_sibling_runs(self) -> None:
         bench, other, first, second = self.crowded()
         bench.scheduler.abort(other.request_id)
         bench.scheduler.abort(2, first.index)
-        assert work(bench.step()) == [(2, 0, second.length - 1, True)]
+        assert work(bench.step()) == [(2, 12, second.length - 1 - 12, True)]
+
+    def test_output_computes_again_what_was_taken_meanwhile(self) -> None:
+        bench, other, first, second = self.crowded()
+        bench.scheduler.abort(other.request_id)
+        bench.scheduler.abort(2, first.index)
+        greedy = bench.add(prompt=37, new=1, priority=-1)
+        assert scheduled(bench.step()) == [greedy]
+        assert [work(step) for step in bench.steps(2)] == [[(3, 32, 5, True)], [(2, 0, second.length - 1, True)]]
 
 
 class TestTogether:

@@ -26,6 +26,32 @@ async def test_text_tokens_usage_and_timing_of_a_whole_answer(rig: Rig) -> None:
     assert all(m.finish_reason == generate_pb2.FINISH_REASON_UNSPECIFIED for m in messages[:-1])
 
 
+async def test_cached_tokens_are_told_and_counted(rig: Rig) -> None:
+    def reply(submit: Submit, engine: FakeEngine) -> Iterator[Event | float]:
+        yield Started(submit.request_id, time.monotonic(), 0.0, cached_tokens=2)
+        yield Tokens(submit.request_id, (EOS,), FinishReason.STOP)
+
+    rig.engine.reply = reply
+    messages = await rig.generate(text="abc")
+    assert messages[-1].usage.cached_tokens == 2
+    counted = rig.server.metrics.registry.get_sample_value("chorus_cached_prompt_tokens_total")
+    assert counted == 2
+
+
+@pytest.mark.parametrize(
+    ("tenant", "adapter", "salt"),
+    [("", "", ""), ("acme", "", "acme"), ("", "tenants/a/adapters/x", "a"), ("acme", "tenants/a/adapters/x", "a")],
+)
+async def test_a_request_is_salted_with_its_tenant(rig: Rig, tenant: str, adapter: str, salt: str) -> None:
+    await rig.publish("tenants/a/adapters/x")
+    rig.engine.reply = says("hi")
+    metadata = (("chorus-tenant", tenant),) if tenant else ()
+    request = generate_pb2.GenerateRequest(text="abc", adapter=adapter)
+    async for _ in rig.inference.Generate(request, metadata=metadata):
+        pass
+    assert [command.salt for command in rig.engine.commands if isinstance(command, Submit)] == [salt]
+
+
 async def test_tokens_that_are_ready_together_come_in_one_message(rig: Rig) -> None:
     def reply(submit: Submit, engine: FakeEngine) -> Iterator[Event | float]:
         yield Started(submit.request_id, time.monotonic(), 0.0)

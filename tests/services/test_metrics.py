@@ -26,6 +26,7 @@ chorus_requests_waiting_for_adapter chorus_kv_cache_usage_ratio chorus_adapter_p
 chorus_adapters_resident chorus_adapter_pinned chorus_prompt_tokens chorus_generation_tokens
 chorus_cached_prompt_tokens chorus_requests_finished chorus_errors chorus_preemptions chorus_adapter_evictions
 chorus_adapter_hits chorus_engine_steps chorus_step_seconds chorus_step_rows chorus_step_distinct_adapters
+chorus_prefix_cache_kept_ratio chorus_prefix_cache_evictions
 chorus_step_kinds chorus_tenant_tokens chorus_tenant_requests chorus_build_info chorus_model_info
 """
 
@@ -113,12 +114,18 @@ def test_steps_set_gauges_and_only_those_that_ran_are_counted() -> None:
     metrics = Metrics()
     stats = StepStats(seconds=0.02, rows=3, distinct_adapters=2, kinds=1, running=3, waiting=4, preemptions=1)
     metrics.step(StepEvents(stats=stats, ran=True))
-    metrics.step(StepEvents(stats=StepStats(running=1, kv_usage=0.5, resident_device=2), ran=False))
+    metrics.step(
+        StepEvents(
+            stats=StepStats(running=1, kv_usage=0.5, kv_kept=0.25, resident_device=2, page_evictions=3), ran=False
+        )
+    )
     samples = parse(generate_latest(metrics.registry).decode())
     assert samples["chorus_engine_steps_total", ()] == 1
     assert samples["chorus_step_rows_sum", ()] == 3
     assert samples["chorus_requests_running", ()] == 1
     assert samples["chorus_kv_cache_usage_ratio", ()] == 0.5
+    assert samples["chorus_prefix_cache_kept_ratio", ()] == 0.25
+    assert samples["chorus_prefix_cache_evictions_total", ()] == 3
     assert samples["chorus_adapters_resident", (("tier", "device"),)] == 2
     assert samples["chorus_preemptions_total", ()] == 1
 

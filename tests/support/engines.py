@@ -48,6 +48,7 @@ def make_engine(
     max_rank: int = 64,
     max_rows: int = 16,
     max_step_tokens: int = 24,
+    prefix_cache: bool = True,
     device: str = "cpu",
     wake: Callable[[], None] = lambda: None,
 ) -> Engine:
@@ -62,6 +63,7 @@ def make_engine(
         max_rows=max_rows,
         max_step_tokens=max_step_tokens,
         max_queue=256,
+        prefix_cache=prefix_cache,
         on_ready=wake,
     )
 

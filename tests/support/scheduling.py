@@ -17,7 +17,7 @@ A, B, C = (AdapterRef(digest, f"/{digest}") for digest in "abc")
 class Bench:
     """A scheduler with its pool and gate; each step runs, and is checked before and after."""
 
-    def __init__(self, *resident: AdapterRef, blocks: int = 64, block_size: int = 4, **limits: int) -> None:
+    def __init__(self, *resident: AdapterRef, blocks: int = 64, block_size: int = 4, **limits: Any) -> None:
         self.pool, self.gate, self.ids = BlockPool(blocks, block_size), Gate(*resident), 0
         limits = {"max_rows": 8, "max_step_tokens": 32, "context_length": 128, "max_queue": 2000} | limits
         eos = frozenset({EOS})
@@ -29,10 +29,12 @@ class Bench:
         return self.add_outputs(1, prompt, new, **options)[0]
 
     def add_outputs(self, n: int, prompt: int = 4, new: int = 100, now: float = 0.0, **options: Any) -> list[Sequence]:
-        """Adds a request of n outputs."""
-        where = {name: options.pop(name) for name in ("adapter", "priority", "deadline") if name in options}
+        """Adds a request of n outputs. Its prompt is like nobody else's, but for those of the same `text`."""
+        names = ("adapter", "priority", "deadline", "salt")
+        where = {name: options.pop(name) for name in names if name in options}
         self.ids += 1
-        tokens = tuple(range(100, 100 + prompt))
+        first = 1000 * options.pop("text", 1000 + self.ids)
+        tokens = tuple(range(first, first + prompt))
         outputs = outputs_of(Submit(self.ids, tokens, Sampling(new, **options), n=n, **where), now)
         self.scheduler.add(outputs, now)
         return outputs

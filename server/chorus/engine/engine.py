@@ -51,6 +51,7 @@ class Engine:
         max_rows: int,
         max_step_tokens: int,
         max_queue: int,
+        prefix_cache: bool = True,
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self._eos = base.facts.eos_token_ids
@@ -68,9 +69,10 @@ class Engine:
             eos_token_ids=base.facts.eos_token_ids,
             max_queue=max_queue,
             short_length=base.longrope.boundary if base.longrope else None,
+            prefix_cache=prefix_cache,
         )
         self._runner = Runner(base, pool, kv_blocks=memory.kv_blocks, block_size=memory.block_size)
-        self._counted = (0, 0)  # evictions and hits that earlier steps have reported
+        self._counted = (0, 0, 0)  # evictions, hits and evicted pages that earlier steps have reported
 
     @property
     def has_work(self) -> bool:
@@ -93,7 +95,7 @@ class Engine:
         events += map(_checked, self._checks.advance())
         schedule = self.scheduler.schedule(began)
         events += [_failed(request_id, DeadlineExceeded("the deadline passed")) for request_id in schedule.expired]
-        events += [m.Started(seq.request_id, began, seq.adapter_wait) for seq in schedule.started]
+        events += [m.Started(seq.request_id, began, seq.adapter_wait, seq.computed) for seq in schedule.started]
         for seq in schedule.started:
             if seq.adapter:
                 self.residency.count_start(seq.adapter.digest, waited=seq.adapter_wait > 0)
@@ -130,7 +132,7 @@ class Engine:
 
     def _fail(self, request_ids: Iterable[int], error: ChorusError) -> list[m.Event]:
         """Ends those requests that are still here, all outputs of each with one event."""
-        return [_failed(request_id, error) for request_id in self.scheduler.discard(request_ids)]
+        return [_failed(request_id, error) for request_id in self.scheduler.fail(request_ids)]
 
     def _apply(self, command: m.Command, now: float, events: list[m.Event]) -> None:
         match command:
@@ -187,8 +189,8 @@ class Engine:
 
     def _stats(self, schedule: Schedule, slots: set[int], told: list[m.Event], began: float) -> m.StepStats:
         residents = self.residency.residents()
-        evictions, hits = self._counted
-        self._counted = (self.residency.evictions, self.residency.hits)
+        evictions, hits, pages = self._counted
+        self._counted = (self.residency.evictions, self.residency.hits, self.blocks.evictions)
         return m.StepStats(
             seconds=time.monotonic() - began,
             rows=len(schedule.chunks),
@@ -203,6 +205,8 @@ class Engine:
             waiting=self.scheduler.waiting,
             waiting_for_adapter=self.scheduler.waiting_for_adapter,
             kv_usage=self.blocks.usage,
+            kv_kept=self.blocks.kept_count / self.blocks.num_blocks,
+            page_evictions=self.blocks.evictions - pages,
             pool_usage=self._pool.rows_used / self._pool.rows_total,
             resident_device=sum(r.slot is not None for r in residents),
             resident_host=sum(r.host is not None for r in residents),

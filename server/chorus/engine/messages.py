@@ -69,6 +69,8 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     priority: int = 0
     deadline: float | None = None
     n: int = 1
+    salt: str = ""
+    """Whose it is: what was computed for one salt is never found by another."""
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -120,11 +122,15 @@ Command = Submit | Abort | Load | Pin | Unpin | Unload | QueryResidency | Check
 
 
 class Started(msgspec.Struct, frozen=True, tag=True):
-    """A request's first step is about to run. Times on `time.monotonic`'s clock, durations in seconds."""
+    """A request's first step is about to run. Times on `time.monotonic`'s clock, durations in seconds.
+
+    `cached_tokens` of its prompt were in the KV cache already.
+    """
 
     request_id: int
     at: float
     adapter_wait: float
+    cached_tokens: int = 0
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -238,6 +244,8 @@ class StepStats(msgspec.Struct, frozen=True):
     waiting: int = 0
     waiting_for_adapter: int = 0
     kv_usage: float = 0.0
+    kv_kept: float = 0.0
+    page_evictions: int = 0
     pool_usage: float = 0.0
     resident_device: int = 0
     resident_host: int = 0

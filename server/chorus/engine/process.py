@@ -104,6 +104,7 @@ def _build(config: ServerConfig, link: socket.socket) -> tuple[Any, Any]:
             max_rows=config.max_rows,
             max_step_tokens=config.max_step_tokens,
             max_queue=config.max_queue,
+            prefix_cache=config.prefix_cache == "tenant",
             on_ready=wake,
         )
 

@@ -36,11 +36,15 @@ class Sequence:
     arrival: float = 0.0
     index: int = 0
     """Which of the request's outputs it is."""
+    salt: str = ""
+    """Only sequences of the same salt share pages."""
 
     output: list[int] = field(default_factory=list)
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
     blocks: list[int] = field(default_factory=list)
+    page_keys: list[bytes] = field(default_factory=list)
+    """What its first full pages hold, as far as anybody asked; see `chorus.engine.page_keys`."""
     slot: int = NO_SLOT
     """The adapter's slot on the device while the sequence runs; `NO_SLOT` for the base model, and in the queue."""
     started: bool = False
@@ -70,6 +74,15 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens to compute before the next one can be sampled: 1 while decoding."""
         return self.length - self.computed
+
+    @property
+    def first_needed(self) -> int:
+        """The first position whose row is wanted, wherever the keys and values before it come from.
+
+        That of its last token, or the first that has to tell of its prompt.
+        """
+        untold = self.untold_rows(0, self.length)
+        return untold.start if untold else self.length - 1
 
     def untold_rows(self, start: int, count: int) -> range:
         """Positions of `[start, start + count)` whose logits give the next log-probabilities of the prompt.
@@ -114,6 +127,7 @@ def outputs_of(submit: Submit, now: float) -> list[Sequence]:
             deadline=submit.deadline,
             arrival=now,
             index=index,
+            salt=submit.salt,
         )
         for index in range(submit.n)
     ]

@@ -94,6 +94,7 @@ class Completion:
         arrived_at, started_at = stream.arrived_at, stream.started_at
         message.adapter_version = self._version_name
         message.usage.prompt_tokens = self._prompt_tokens
+        message.usage.cached_tokens = stream.cached_tokens
         message.usage.completion_tokens = self._completion_tokens
         _set(message.timing.queue, (now if started_at is None else started_at) - arrived_at)
         _set(message.timing.adapter_load, stream.adapter_wait)

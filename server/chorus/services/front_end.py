@@ -98,7 +98,7 @@ class EngineFrontEnd:
             metrics=self._metrics,
             ends=self._ends,
         )
-        self._send(Submit(stream.request_id, prompt, sampling, adapter, priority, deadline, n))
+        self._send(Submit(stream.request_id, prompt, sampling, adapter, priority, deadline, n, tenant or ""))
         self._metrics.request_arrived(tenant, len(prompt))
         self._streams[stream.request_id] = stream
         return stream

@@ -57,8 +57,9 @@ class StreamEnds:
 class TokenStream:
     """`async for ready in stream`, then `close()`, always.
 
-    Times are on `time.monotonic`'s clock; `started_at` and `first_token_at` are None until they happen. `on_unheard`
-    hears of the error that ends the request while nobody waits for the next read: whoever reads is busy elsewhere.
+    `cached_tokens` of its prompt were in the KV cache. Times are on `time.monotonic`'s clock; `started_at` and
+    `first_token_at` are None until they happen. `on_unheard` hears of the error that ends the request while nobody
+    waits for the next read: whoever reads is busy elsewhere.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class TokenStream:
         self.started_at: float | None = None
         self.first_token_at: float | None = None
         self.adapter_wait = 0.0
+        self.cached_tokens = 0
         self.on_unheard: Callable[[ChorusError], None] = lambda error: None
         self._tenant = tenant
         self._limit = limit
@@ -143,7 +145,8 @@ class TokenStream:
             self._prompt_logprobs = event.logprobs
         elif self.started_at is None:
             self.started_at, self.adapter_wait = event.at, event.adapter_wait
-            self._metrics.request_started(event.at - self.arrived_at)
+            self.cached_tokens = event.cached_tokens
+            self._metrics.request_started(event.at - self.arrived_at, event.cached_tokens)
 
     def push(self, event: Tokens, now: float) -> bool:
         """Queues new tokens; False when the queue would hold more than it may. The last of an output always fits."""
