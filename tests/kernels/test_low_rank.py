@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chorus.kernels import LowRankPlan, LowRankSegment, RankPool, low_rank, reference
+from chorus.kernels import LowRankPlan, LowRankSegment, RankPool, low_rank, low_rank_group, reference
 
 CPU = torch.device("cpu")
 POOL_ROWS = 320
@@ -81,21 +81,48 @@ LAYOUTS = {
 }
 
 
+def segments_of(layout: list[tuple[int, int]]) -> tuple[list[LowRankSegment], int]:
+    """Neighbours from row 1 on, of (rows, rank) each; and how many rows the batch has."""
+    segments, position, used = [], 1, 0
+    for rows, rank in layout:
+        segments.append(LowRankSegment(position, position + rows, tuple(range(used, used + rank))))
+        position, used = position + rows, used + rank
+    return segments, position + 2
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("from_zero", [False, True])
 def test_low_rank_in_bf16_stays_within_its_bound(layout: list[tuple[int, int]], from_zero: bool) -> None:
     """At sizes where an RMS means something: single products err by up to half a bf16 ulp, 4e-3."""
     generator = torch.Generator().manual_seed(3)
     pool = make_pool(256, 192, torch.bfloat16, generator)
-    segments, position, used = [], 1, 0
-    for rows, rank in layout:
-        segments.append(LowRankSegment(position, position + rows, tuple(range(used, used + rank))))
-        position, used = position + rows, used + rank
-    x = torch.randn(position + 2, 256, generator=generator).bfloat16()
-    y = torch.randn(position + 2, 192, generator=generator).bfloat16() * (not from_zero)
+    segments, total = segments_of(layout)
+    x = torch.randn(total, 256, generator=generator).bfloat16()
+    y = torch.randn(total, 192, generator=generator).bfloat16() * (not from_zero)
     expected = dense(y, x, pool, segments)
     got = low_rank(y.clone(), x, pool, LowRankPlan(segments, CPU))
     assert rms(got.double() - expected) <= BOUND[torch.bfloat16] * rms(expected)
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_members_of_a_group_add_to_their_columns_alone(layout: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    """Four columns ranges of one tensor: two members of the same pool rows, one of none, one with other rows."""
+    generator = torch.Generator().manual_seed(5)
+    segments, total = segments_of(layout)
+    others = [LowRankSegment(s.start, s.end, tuple(row + 8 for row in s.pool_rows)) for s in segments]
+    plan, other = LowRankPlan(segments, CPU), LowRankPlan(others, CPU)
+    widths = [160, 96, 64, 128]
+    pools = [make_pool(256, n, dtype, generator) for n in widths]
+    x = torch.randn(total, 256, generator=generator).to(dtype)
+    wide = torch.randn(total, sum(widths), generator=generator).to(dtype)
+    ys = wide.split(widths, dim=1)
+    expected = [
+        dense(y, x, pool, used) for y, pool, used in zip(ys, pools, [segments, segments, [], others], strict=True)
+    ]
+    low_rank_group(ys, x, pools, [plan, plan, None, other])
+    for got, wanted in zip(ys, expected, strict=True):
+        assert rms(got.double() - wanted) <= BOUND[dtype] * rms(wanted)
 
 
 @settings(max_examples=40, deadline=None)
@@ -153,6 +180,15 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
         low_rank(y[:1], x[:1], pool, plan)
     with pytest.raises(ValueError, match="dtypes"):
         low_rank(y, x.double(), pool, plan)
+    with pytest.raises(ValueError, match="x: must be contiguous"):
+        low_rank(y, torch.zeros(8, 2).T, pool, plan)
+    for bad in (torch.zeros(8, 2).T, torch.zeros(8).expand(2, 8), torch.zeros(2, 16)[:, ::2]):
+        with pytest.raises(ValueError, match="y: rows must be contiguous"):
+            low_rank(bad, x, pool, plan)
+    with pytest.raises(ValueError, match="pool: the plan names 400 rows"):
+        low_rank(y, x, pool, LowRankPlan([LowRankSegment(0, 2, (399,))], CPU))
+    with pytest.raises(ValueError, match="ys, pools, plans: want as many"):
+        low_rank_group([y, y], x, [pool], [plan])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -3,7 +3,7 @@
 One name per operator through specification (`reference`), implementation, test and benchmark.
 """
 
-from chorus.kernels.low_rank import LowRankPlan, low_rank
+from chorus.kernels.low_rank import LowRankPlan, low_rank, low_rank_group
 from chorus.kernels.paged_attention import AttentionPlan, paged_attention, store_kv
 from chorus.kernels.types import AttentionRow, LowRankSegment, RankPool
 
@@ -14,6 +14,7 @@ __all__ = [
     "LowRankSegment",
     "RankPool",
     "low_rank",
+    "low_rank_group",
     "paged_attention",
     "store_kv",
 ]

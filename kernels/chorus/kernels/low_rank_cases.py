@@ -62,7 +62,14 @@ def _shrink_case(family: Family, dtype: torch.dtype, block: int, tiles: LowRankT
 
 def _expand_case(family: Family, dtype: torch.dtype, block: int, tiles: LowRankTiles, width: int) -> CompileCase:
     value = f"*{TRITON_TYPES[dtype]}"
-    sizes = {"y_rows": "i32", "pool_rows": "i32", "N": "i32", "columns": "i32", "split_stride": "i32"}
+    sizes = {
+        "y_rows": "i32",
+        "y_stride": "i32",
+        "pool_rows": "i32",
+        "N": "i32",
+        "columns": "i32",
+        "split_stride": "i32",
+    }
     pointers = {"y_ptr": value, "b_ptr": value, "partial_ptr": "*fp32"}
     tables = {"tiles_ptr": "*i32", "pages_ptr": "*i32"}
     rows = {} if family is Family.ROWS else {"BLOCK_M": block_rows(family)}
@@ -72,7 +79,9 @@ def _expand_case(family: Family, dtype: torch.dtype, block: int, tiles: LowRankT
         constants=rows | {"BLOCK_R": block, "BLOCK_N": tiles.block_n, "SPLIT_K": tiles.split_k},
         warps=tiles.expand_warps,
         stages=tiles.expand_stages,
-        aligned=frozenset({*pointers, *tables, "columns", "split_stride", *(["N"] if width % 16 == 0 else [])}),
+        aligned=frozenset(
+            {*pointers, *tables, "columns", "split_stride", *(["N", "y_stride"] if width % 16 == 0 else [])}
+        ),
         expects_dot=family is not Family.ROWS and dtype is not torch.float32,
     )
 

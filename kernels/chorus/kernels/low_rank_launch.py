@@ -133,6 +133,7 @@ def _expand(
         tiles_ptr=tables[group.expand_at :],
         pages_ptr=tables[how.pages_at :],
         y_rows=y.shape[0],
+        y_stride=y.stride(0),
         pool_rows=b.shape[0],
         N=y.shape[1],
         columns=how.columns,

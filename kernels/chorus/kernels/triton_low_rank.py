@@ -98,7 +98,7 @@ def shrink_tiles(
 
 @triton.jit(do_not_specialize=["y_rows", "pool_rows"])
 def expand_rows(
-    y_ptr, b_ptr, partial_ptr, tiles_ptr, pages_ptr, y_rows, pool_rows, N, columns, split_stride,
+    y_ptr, b_ptr, partial_ptr, tiles_ptr, pages_ptr, y_rows, y_stride, pool_rows, N, columns, split_stride,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """y[row] += (sum over splits of partial[split, row]) B, rounded once. Grid (tiles, N / BLOCK_N)."""
@@ -107,7 +107,7 @@ def expand_rows(
         return
     tl.device_assert(row < y_rows, "a tile lies outside of y")
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
-    y_at = y_ptr + row.to(tl.int64) * N + n
+    y_at = y_ptr + row.to(tl.int64) * y_stride + n
     base = tl.load(y_at, mask=n < N, other=0.0)  # asked for before the sums, so that it arrives meanwhile
     split = tl.arange(0, SPLIT_K).to(tl.int64)
     s_ptr = partial_ptr + split[:, None] * split_stride + row.to(tl.int64) * columns + column  # [S, 1]
@@ -124,7 +124,7 @@ def expand_rows(
 
 @triton.jit(do_not_specialize=["y_rows", "pool_rows"])
 def expand_tiles(
-    y_ptr, b_ptr, partial_ptr, tiles_ptr, pages_ptr, y_rows, pool_rows, N, columns, split_stride,
+    y_ptr, b_ptr, partial_ptr, tiles_ptr, pages_ptr, y_rows, y_stride, pool_rows, N, columns, split_stride,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr,
 ):  # fmt: skip
     """`expand_rows` for tiles of up to BLOCK_M rows of one segment. s is rounded to B's dtype for the dot."""
@@ -137,7 +137,7 @@ def expand_tiles(
     batch_row = row.to(tl.int64) + m
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
     inside = present[:, None] & (n < N)[None, :]
-    y_at = y_ptr + batch_row[:, None] * N + n[None, :]
+    y_at = y_ptr + batch_row[:, None] * y_stride + n[None, :]
     base = tl.load(y_at, mask=inside, other=0.0)  # [M, N]
     s_ptr = partial_ptr + batch_row[:, None] * columns + column  # [M, 1]
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chorus.kernels import LowRankPlan, LowRankSegment, low_rank
+from chorus.kernels import LowRankPlan, LowRankSegment, low_rank, low_rank_group
 from chorus.kernels.low_rank_tables import Capacity
 from chorus.kernels.tuning import Family
-from support.low_rank import LAYOUTS, batch_of, check, make_pool
+from support.low_rank import LAYOUTS, batch_of, check, dense, make_pool
 
 CPU = torch.device("cpu")
 
@@ -66,6 +66,20 @@ def test_the_largest_batch_of_a_capacity(family: Family) -> None:
         plan.rewrite(segments)
         assert plan.tables.buffer is buffer
         check(segments, rows, 48, 33, torch.float32, plan=plan)
+
+
+def test_members_of_a_group_add_to_their_columns_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    segments = batch_of([(1, 8), (3, 5), (1, 0), (20, 16), (40, 24)])
+    plan = LowRankPlan(segments, CPU, triton=True)
+    widths = [32, 17, 48]
+    pools = [make_pool(64, n, torch.float32, generator, pages=8) for n in widths]
+    x, wide = torch.randn(65, 64, generator=generator), torch.randn(65, sum(widths), generator=generator)
+    ys = wide.split(widths, dim=1)
+    expected = [dense(ys[0], x, pools[0], segments), ys[1].clone(), dense(ys[2], x, pools[2], segments)]
+    low_rank_group(ys, x, pools, [plan, None, plan])
+    for got, wanted in zip(ys, expected, strict=True):
+        assert float((got - wanted).pow(2).mean().sqrt()) <= 1e-5 * float(wanted.pow(2).mean().sqrt())
 
 
 def test_a_row_with_nan_reaches_no_other_row() -> None:
