@@ -91,9 +91,36 @@ def low_rank_group(
     """
     if not len(ys) == len(pools) == len(plans):
         raise ValueError(f"ys, pools, plans: want as many of each, got {len(ys)}, {len(pools)} and {len(plans)}")
-    for y, pool, plan in zip(ys, pools, plans, strict=True):
-        if pool is not None and plan is not None:
-            low_rank(y, x, pool, plan)
+    members = [
+        (y, pool, plan) for y, pool, plan in zip(ys, pools, plans, strict=True) if pool is not None and plan is not None
+    ]
+    if all(_triton_alone(y, x, pool, plan) for y, pool, plan in members):
+        _group_on_triton(x, members)
+        return
+    for y, pool, plan in members:
+        low_rank(y, x, pool, plan)
+
+
+def _triton_alone(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> bool:
+    """Whether nothing but Triton computes it: no gradients, no specification."""
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *pool))
+    return plan.tables is not None and x.dim() == 2 and y.dtype in TRITON_DTYPES and not wants_gradient
+
+
+def _group_on_triton(x: Tensor, members: Sequence[tuple[Tensor, RankPool, LowRankPlan]]) -> None:
+    from chorus.kernels.low_rank_launch import low_rank_group_op  # Triton is not everywhere
+
+    for y, pool, plan in members:
+        _check(y, x, pool, plan)
+        _check_for_triton(y, x, pool, plan)
+    rows = {pool.a.shape[0] for _, pool, _ in members}
+    if len(rows) > 1:
+        raise ValueError(f"pools: want equally many rows in each, got {sorted(rows)}")
+    used = [(y, pool, plan.tables) for y, pool, plan in members if plan.tables and plan.tables.geometry.groups]
+    if used:
+        ys, pools, tables = zip(*used, strict=True)
+        geometries = [number for t in tables for number in (len(t.flat_geometry), *t.flat_geometry)]
+        low_rank_group_op(ys, x, *map(list, zip(*pools, strict=True)), [t.buffer for t in tables], geometries)
 
 
 def _on_triton(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> Tensor:

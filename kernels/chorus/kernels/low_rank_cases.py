@@ -18,8 +18,13 @@ from chorus.kernels.tuning import (
     rank_blocks,
 )
 
+MEMBERS = (1, 3)
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ANY_WIDTH = 1 << 20
+_TABLES = {"tiles_ptr": "*i32", "pages_ptr": "*i32"}
+_TABLE_STEPS = dict.fromkeys(("tiles_step_1", "tiles_step_2", "pages_step_1", "pages_step_2"), "i64")
+_COUNTS = {"count_0": "i32", "count_1": "i32", "count_2": "i32"}
+_STRIDES = {"columns": "i32", "member_columns": "i32", "split_stride": "i32"}
 
 
 def compile_cases(arch: str) -> Iterator[CompileCase]:
@@ -29,8 +34,11 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
     cases: dict[str, CompileCase] = {}
     for family, dtype, k, n in product(Family, TYPES, widths_in, widths_out):
         tiles = low_rank_tiles(family, k, n, dtype, arch)
-        for block in rank_blocks(family):
-            for case in (_shrink_case(family, dtype, block, tiles, k), _expand_case(family, dtype, block, tiles, n)):
+        for block, members in product(rank_blocks(family), MEMBERS):
+            for case in (
+                _shrink_case(family, dtype, block, tiles, k, members),
+                _expand_case(family, dtype, block, tiles, n, members),
+            ):
                 cases[f"{case.name} {case.configuration}"] = case
     for dtype, block, k in product(TYPES, rank_blocks(Family.GROUPED), widths_in):
         case = _gradient_case(dtype, block, k)
@@ -43,45 +51,42 @@ def _widths(limits: Iterable[int | None]) -> list[int]:
     return sorted(whole | {width - 1 for width in whole})
 
 
-def _shrink_case(family: Family, dtype: torch.dtype, block: int, tiles: LowRankTiles, width: int) -> CompileCase:
+def _shrink_case(
+    family: Family, dtype: torch.dtype, block: int, tiles: LowRankTiles, width: int, members: int
+) -> CompileCase:
     value = f"*{TRITON_TYPES[dtype]}"
-    sizes = {"x_rows": "i32", "pool_rows": "i32", "K": "i32", "columns": "i32", "split_stride": "i32"}
-    pointers = {"x_ptr": value, "a_ptr": value, "scale_ptr": "*fp32", "partial_ptr": "*fp32"}
-    tables = {"tiles_ptr": "*i32", "pages_ptr": "*i32"}
+    pointers = {"x_ptr": value, "a_ptr": value, "scale_ptr": "*fp32", "partial_ptr": "*fp32"} | _TABLES
+    sizes = {"x_rows": "i32", "pool_rows": "i32", "K": "i32"} | _COUNTS
+    steps = _TABLE_STEPS | dict.fromkeys(("a_step_1", "a_step_2", "scale_step_1", "scale_step_2"), "i64")
     rows = {} if family is Family.ROWS else {"BLOCK_M": block_rows(family)}
     return CompileCase(
         kernel=kernels.shrink_rows if family is Family.ROWS else kernels.shrink_tiles,
-        signature=pointers | tables | sizes,
-        constants=rows | {"BLOCK_R": block, "BLOCK_K": tiles.block_k, "SPLIT_K": tiles.split_k},
+        signature=pointers | sizes | _STRIDES | steps,
+        constants=rows | {"BLOCK_R": block, "BLOCK_K": tiles.block_k, "SPLIT_K": tiles.split_k, "MEMBERS": members},
         warps=tiles.shrink_warps,
         stages=tiles.shrink_stages,
-        aligned=frozenset({*pointers, *tables, "columns", "split_stride", *(["K"] if width % 16 == 0 else [])}),
+        aligned=frozenset({*pointers, *_STRIDES, *steps, *(["K"] if width % 16 == 0 else [])}),
         expects_dot=family is not Family.ROWS and dtype is not torch.float32,
     )
 
 
-def _expand_case(family: Family, dtype: torch.dtype, block: int, tiles: LowRankTiles, width: int) -> CompileCase:
+def _expand_case(
+    family: Family, dtype: torch.dtype, block: int, tiles: LowRankTiles, width: int, members: int
+) -> CompileCase:
     value = f"*{TRITON_TYPES[dtype]}"
-    sizes = {
-        "y_rows": "i32",
-        "y_stride": "i32",
-        "pool_rows": "i32",
-        "N": "i32",
-        "columns": "i32",
-        "split_stride": "i32",
-    }
-    pointers = {"y_ptr": value, "b_ptr": value, "partial_ptr": "*fp32"}
-    tables = {"tiles_ptr": "*i32", "pages_ptr": "*i32"}
+    pointers = {"y_ptr": value, "b_ptr": value, "partial_ptr": "*fp32"} | _TABLES
+    sizes = {"y_rows": "i32", "pool_rows": "i32"} | _COUNTS
+    widths = dict.fromkeys(("N_0", "N_1", "N_2", "y_stride_0", "y_stride_1", "y_stride_2"), "i32")
+    steps = _TABLE_STEPS | dict.fromkeys(("b_step_1", "b_step_2"), "i64")
+    columns = dict.fromkeys(("y_step_1", "y_step_2"), "i64")
     rows = {} if family is Family.ROWS else {"BLOCK_M": block_rows(family)}
     return CompileCase(
         kernel=kernels.expand_rows if family is Family.ROWS else kernels.expand_tiles,
-        signature=pointers | tables | sizes,
-        constants=rows | {"BLOCK_R": block, "BLOCK_N": tiles.block_n, "SPLIT_K": tiles.split_k},
+        signature=pointers | sizes | _STRIDES | widths | steps | columns,
+        constants=rows | {"BLOCK_R": block, "BLOCK_N": tiles.block_n, "SPLIT_K": tiles.split_k, "MEMBERS": members},
         warps=tiles.expand_warps,
         stages=tiles.expand_stages,
-        aligned=frozenset(
-            {*pointers, *tables, "columns", "split_stride", *(["N", "y_stride"] if width % 16 == 0 else [])}
-        ),
+        aligned=frozenset({*pointers, *_STRIDES, *steps, *([*widths, *columns] if width % 16 == 0 else [])}),
         expects_dot=family is not Family.ROWS and dtype is not torch.float32,
     )
 

@@ -1,11 +1,13 @@
-"""Launches the kernels of `low_rank` over a batch's tables: two launches a family. A custom op, so that torch.compile
-and CUDA graphs see one call that changes y.
+"""Launches the kernels of `low_rank` over a batch's tables: two launches a family, for all sites that read the same x.
+Custom ops, so that torch.compile and CUDA graphs see one call that changes y.
 
 CHORUS_KERNELS_DEBUG=1 compiles the kernels with their assertions: pages within the pool, tiles within the batch.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,17 +16,53 @@ from chorus.kernels import triton_low_rank as kernels
 from chorus.kernels.low_rank_tables import Geometry, TileGroup
 from chorus.kernels.tuning import Family, LowRankTiles, arch_of, block_rows, gradient_rule, low_rank_tiles
 
+MEMBERS = 3
+"""Outputs of one launch: q, k and v."""
+
+
+class Member(NamedTuple):
+    """One output of a call, its pool's tensors and its tables."""
+
+    y: Tensor
+    a: Tensor
+    b: Tensor
+    mid_scale: Tensor
+    tables: Tensor
+    how: Geometry
+
+
+Own = tuple[Member, TileGroup]
+
 
 @torch.library.custom_op("chorus::low_rank", mutates_args=("y",))
 def low_rank_op(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, mid_scale: Tensor, tables: Tensor, geometry: Sequence[int]
 ) -> None:
     """`low_rank` of x [T, K] onto y [T, N] for a batch's `LowRankTables`. Its arguments are not checked."""
-    _add(y, x, a, b, mid_scale, tables, Geometry.of(geometry), new_workspace)
+    _add([Member(y, a, b, mid_scale, tables, Geometry.of(geometry))], x, new_workspace)
 
 
 @low_rank_op.register_fake
 def _(y: Tensor, x: Tensor, a: Tensor, b: Tensor, mid_scale: Tensor, tables: Tensor, geometry: Sequence[int]) -> None:
+    return None
+
+
+@torch.library.custom_op("chorus::low_rank_group", mutates_args=("ys",))
+def low_rank_group_op(
+    ys: Sequence[Tensor], x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], mid_scale: Sequence[Tensor],
+    tables: Sequence[Tensor], geometries: Sequence[int],
+) -> None:  # fmt: skip
+    """The same for several outputs of one x, MEMBERS a launch. Before each geometry stands its length."""
+    each = map(Member, ys, a, b, mid_scale, tables, _unpacked(geometries))
+    for members in iter(lambda: list(islice(each, MEMBERS)), []):
+        _add(members, x, new_workspace)
+
+
+@low_rank_group_op.register_fake
+def _(
+    ys: Sequence[Tensor], x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], mid_scale: Sequence[Tensor],
+    tables: Sequence[Tensor], geometries: Sequence[int],
+) -> None:  # fmt: skip
     return None
 
 
@@ -33,7 +71,7 @@ def low_rank_keeping_s_op(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, mid_scale: Tensor, tables: Tensor, geometry: Sequence[int]
 ) -> Tensor:
     """The same, and s [T, columns] float32, 0 where a row has no such rank lane: what the backward needs."""
-    return _add(y, x, a, b, mid_scale, tables, Geometry.of(geometry), _zero_workspace).sum(0)
+    return _add([Member(y, a, b, mid_scale, tables, Geometry.of(geometry))], x, _zero_workspace).sum(0)
 
 
 @low_rank_keeping_s_op.register_fake
@@ -72,19 +110,33 @@ def _(s: Tensor, x: Tensor, tables: Tensor, pages_at: int, tiles: Tensor, block_
     return x.new_empty(pool_rows, x.shape[1])
 
 
-def _add(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, mid_scale: Tensor, tables: Tensor, how: Geometry,
-    workspace: Callable[[int, int, int, torch.device], Tensor],
-) -> Tensor:  # fmt: skip
-    """Both launches of each family. Returns the partial sums."""
-    arch = arch_of(y.device)
-    tiles = [low_rank_tiles(group.family, x.shape[1], y.shape[1], y.dtype, arch) for group in how.groups]
-    partial = workspace(max(t.split_k for t in tiles), x.shape[0], how.columns, x.device)
-    with torch.cuda.device_of(y):
-        for group, group_tiles in zip(how.groups, tiles, strict=True):
-            _shrink(partial, x, a, mid_scale, tables, how, group, group_tiles)
-            _expand(y, partial, b, tables, how, group, group_tiles)
+def _unpacked(geometries: Sequence[int]) -> Iterator[Geometry]:
+    at = 0
+    while at < len(geometries):
+        length = geometries[at]
+        yield Geometry.of(geometries[at + 1 : at + 1 + length])
+        at += 1 + length
+
+
+def _add(members: Sequence[Member], x: Tensor, workspace: Callable[[int, int, int, torch.device], Tensor]) -> Tensor:
+    """Both launches for each family and rank block of the members. Returns the partial sums."""
+    arch = arch_of(x.device)
+    width = _widest([member.y.shape[1] for member in members])
+    kinds = sorted({(group.family, group.block_rank) for member in members for group in member.how.groups})
+    tiles = [low_rank_tiles(family, x.shape[1], width, x.dtype, arch) for family, _ in kinds]
+    columns = max(member.how.columns for member in members)
+    partial = workspace(max(t.split_k for t in tiles), x.shape[0], columns * len(members), x.device)
+    with torch.cuda.device_of(x):
+        for kind, kind_tiles in zip(kinds, tiles, strict=True):
+            own = [(m, g) for m in members for g in m.how.groups if (g.family, g.block_rank) == kind]
+            _shrink(partial, x, own, columns, kind_tiles)
+            _expand(partial, own, columns, kind_tiles)
     return partial
+
+
+def _widest(widths: Sequence[int]) -> int:
+    """What the tiles of a launch over outputs of these widths are chosen by: one odd width makes the launch odd."""
+    return max([width for width in widths if width % 16] or widths)
 
 
 def new_workspace(splits: int, rows: int, columns: int, device: torch.device) -> Tensor:
@@ -97,57 +149,82 @@ def _zero_workspace(splits: int, rows: int, columns: int, device: torch.device) 
     return torch.zeros(splits, rows, columns, dtype=torch.float32, device=device)
 
 
-def _shrink(
-    partial: Tensor, x: Tensor, a: Tensor, mid_scale: Tensor, tables: Tensor, how: Geometry, group: TileGroup,
-    tiles: LowRankTiles,
-) -> None:  # fmt: skip
-    kernel = kernels.shrink_rows if group.family is Family.ROWS else kernels.shrink_tiles
-    kernel[(group.shrink_count, tiles.split_k)](
+def _shrink(partial: Tensor, x: Tensor, own: Sequence[Own], columns: int, tiles: LowRankTiles) -> None:
+    family, members = own[0][1].family, [member for member, _ in own]
+    kernel = kernels.shrink_rows if family is Family.ROWS else kernels.shrink_tiles
+    kernel[(max(group.shrink_count for _, group in own), tiles.split_k, len(own))](
         x_ptr=x,
-        a_ptr=a,
-        scale_ptr=mid_scale,
+        a_ptr=members[0].a,
+        scale_ptr=members[0].mid_scale,
         partial_ptr=partial,
-        tiles_ptr=tables[group.shrink_at :],
-        pages_ptr=tables[how.pages_at :],
+        **_tables(own, [group.shrink_at for _, group in own]),
+        **_each("count", [group.shrink_count for _, group in own]),
+        **_steps("a", [member.a for member in members]),
+        **_steps("scale", [member.mid_scale for member in members]),
         x_rows=x.shape[0],
-        pool_rows=a.shape[0],
+        pool_rows=members[0].a.shape[0],
         K=x.shape[1],
-        columns=how.columns,
+        columns=partial.shape[2],
+        member_columns=columns,
         split_stride=partial.stride(0),
-        **_block_m(group),
-        BLOCK_R=group.block_rank,
+        **_block_m(family),
+        BLOCK_R=own[0][1].block_rank,
         BLOCK_K=tiles.block_k,
         SPLIT_K=tiles.split_k,
+        MEMBERS=len(own),
         **launch_options(tiles.shrink_warps, tiles.shrink_stages),
     )
 
 
-def _expand(
-    y: Tensor, partial: Tensor, b: Tensor, tables: Tensor, how: Geometry, group: TileGroup, tiles: LowRankTiles
-) -> None:
-    kernel = kernels.expand_rows if group.family is Family.ROWS else kernels.expand_tiles
-    kernel[(group.expand_count, -(-y.shape[1] // tiles.block_n))](
-        y_ptr=y,
-        b_ptr=b,
+def _expand(partial: Tensor, own: Sequence[Own], columns: int, tiles: LowRankTiles) -> None:
+    family, members = own[0][1].family, [member for member, _ in own]
+    widths = [member.y.shape[1] for member in members]
+    kernel = kernels.expand_rows if family is Family.ROWS else kernels.expand_tiles
+    kernel[(max(group.expand_count for _, group in own), -(-max(widths) // tiles.block_n), len(own))](
+        y_ptr=members[0].y,
+        b_ptr=members[0].b,
         partial_ptr=partial,
-        tiles_ptr=tables[group.expand_at :],
-        pages_ptr=tables[how.pages_at :],
-        y_rows=y.shape[0],
-        y_stride=y.stride(0),
-        pool_rows=b.shape[0],
-        N=y.shape[1],
-        columns=how.columns,
+        **_tables(own, [group.expand_at for _, group in own]),
+        **_each("count", [group.expand_count for _, group in own]),
+        **_steps("b", [member.b for member in members]),
+        **_steps("y", [member.y for member in members]),
+        **_each("y_stride", [member.y.stride(0) for member in members]),
+        **_each("N", widths),
+        y_rows=partial.shape[1],
+        pool_rows=members[0].b.shape[0],
+        columns=partial.shape[2],
+        member_columns=columns,
         split_stride=partial.stride(0),
-        **_block_m(group),
-        BLOCK_R=group.block_rank,
+        **_block_m(family),
+        BLOCK_R=own[0][1].block_rank,
         BLOCK_N=tiles.block_n,
         SPLIT_K=tiles.split_k,
+        MEMBERS=len(own),
         **launch_options(tiles.expand_warps, tiles.expand_stages),
     )
 
 
-def _block_m(group: TileGroup) -> dict[str, int]:
-    return {} if group.family is Family.ROWS else {"BLOCK_M": block_rows(group.family)}
+def _tables(own: Sequence[Own], begins: Sequence[int]) -> dict[str, Tensor | int]:
+    """Pointers to the members' tiles, which begin at `begins` in their buffers, and to their pages."""
+    tiles = [member.tables[begin:] for (member, _), begin in zip(own, begins, strict=True)]
+    pages = [member.tables[member.how.pages_at :] for member, _ in own]
+    first = {"tiles_ptr": tiles[0], "pages_ptr": pages[0]}
+    return {**first, **_steps("tiles", tiles), **_steps("pages", pages)}
+
+
+def _steps(name: str, tensors: Sequence[Tensor]) -> dict[str, int]:
+    """How many elements the second and third tensor lie after the first."""
+    first, size = tensors[0].data_ptr(), tensors[0].element_size()
+    steps = [(tensor.data_ptr() - first) // size for tensor in tensors[1:]]
+    return {f"{name}_step_{i + 1}": step for i, step in enumerate([*steps, 0, 0][: MEMBERS - 1])}
+
+
+def _each(name: str, values: Sequence[int]) -> dict[str, int]:
+    return {f"{name}_{i}": value for i, value in enumerate([*values, 0, 0][:MEMBERS])}
+
+
+def _block_m(family: Family) -> dict[str, int]:
+    return {} if family is Family.ROWS else {"BLOCK_M": block_rows(family)}
 
 
 def launch_options(warps: int, stages: int) -> dict[str, int | bool]:

@@ -1,7 +1,11 @@
 """The Triton kernels of `low_rank`: shrink (s = mid_scale * x A^T), expand (y += s B), and the gradient of A or B.
 
-A launch covers every tile of one family (`tuning.Family`); what a tile is comes from the tables that
-`low_rank_tables` builds on the host. Between the two kernels lie partial sums, [SPLIT_K, T, columns] float32: the
+A launch covers every tile of one family (`tuning.Family`), for up to three sites that read the same x: its members,
+the grid's last axis. Members' tensors are found from the first one's by how many elements they lie apart: an integer
+keeps what the compiler knows of its alignment, a pointer chosen or loaded at run time does not. What a tile is comes
+from the tables that `low_rank_tables` builds on the host.
+
+Between the two kernels lie partial sums, [SPLIT_K, T, columns] float32, member_columns of them each member's: the
 shrink's programs of one tile share K among them, the expand adds their sums in the order of the splits. No atomics, so
 equal inputs give equal bits.
 
@@ -21,6 +25,17 @@ TILE_FIELDS = tl.constexpr(5)
 
 
 @triton.jit
+def _of_member(first, second, third, MEMBERS: tl.constexpr):
+    """What belongs to member pid 2."""
+    value = first
+    if MEMBERS > 1:
+        value = tl.where(tl.program_id(2) == 1, second, value)
+    if MEMBERS > 2:
+        value = tl.where(tl.program_id(2) == 2, third, value)
+    return value
+
+
+@triton.jit
 def _tile(tiles_ptr):
     """Tile number pid 0: row, rows, its first entry in the page table, rank lanes, its first column of s."""
     at = tiles_ptr + tl.program_id(0) * TILE_FIELDS
@@ -37,15 +52,25 @@ def _pool_rows(pages_ptr, first_page, lane, rank, pool_rows):
     return page.to(tl.int64) * PAGE_ROWS + lane % PAGE_ROWS, held
 
 
-@triton.jit(do_not_specialize=["x_rows", "pool_rows"])
+@triton.jit(do_not_specialize=["x_rows", "pool_rows", "count_0", "count_1", "count_2"])
 def shrink_rows(
-    x_ptr, a_ptr, scale_ptr, partial_ptr, tiles_ptr, pages_ptr, x_rows, pool_rows, K, columns, split_stride,
-    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    x_ptr, a_ptr, scale_ptr, partial_ptr, tiles_ptr, pages_ptr, x_rows, pool_rows, K, columns,
+    member_columns, split_stride,
+    count_0, count_1, count_2, tiles_step_1, tiles_step_2, pages_step_1, pages_step_2,
+    a_step_1, a_step_2, scale_step_1, scale_step_2,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, row] = mid_scale * sum over the split's k of x[row, k] A[:, k]. Grid (tiles, SPLIT_K)."""
+    """partial[split, row] = mid_scale * sum over the split's k of x[row, k] A[:, k]. Grid (tiles, SPLIT_K, members)."""
+    if tl.program_id(0) >= _of_member(count_0, count_1, count_2, MEMBERS):
+        return
+    tiles_ptr += _of_member(0, tiles_step_1, tiles_step_2, MEMBERS)
+    pages_ptr += _of_member(0, pages_step_1, pages_step_2, MEMBERS)
+    a_ptr += _of_member(0, a_step_1, a_step_2, MEMBERS)
+    scale_ptr += _of_member(0, scale_step_1, scale_step_2, MEMBERS)
     row, rows, first_page, rank, column = _tile(tiles_ptr)
     if rows == 0:
         return
+    column += tl.program_id(2) * member_columns
     tl.device_assert(row < x_rows, "a tile lies outside of x")
     split = tl.program_id(1)
     lane = tl.arange(0, BLOCK_R)  # [R]
@@ -65,15 +90,26 @@ def shrink_rows(
     tl.store(out_ptr + column + lane, value)
 
 
-@triton.jit(do_not_specialize=["x_rows", "pool_rows"])
+@triton.jit(do_not_specialize=["x_rows", "pool_rows", "count_0", "count_1", "count_2"])
 def shrink_tiles(
-    x_ptr, a_ptr, scale_ptr, partial_ptr, tiles_ptr, pages_ptr, x_rows, pool_rows, K, columns, split_stride,
+    x_ptr, a_ptr, scale_ptr, partial_ptr, tiles_ptr, pages_ptr, x_rows, pool_rows, K, columns,
+    member_columns, split_stride,
+    count_0, count_1, count_2, tiles_step_1, tiles_step_2, pages_step_1, pages_step_2,
+    a_step_1, a_step_2, scale_step_1, scale_step_2,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr,
+    MEMBERS: tl.constexpr,
 ):  # fmt: skip
-    """`shrink_rows` for tiles of up to BLOCK_M rows of one segment, on matrix instructions. Grid (tiles, SPLIT_K)."""
+    """`shrink_rows` for tiles of up to BLOCK_M rows of one segment, on matrix instructions. The same grid."""
+    if tl.program_id(0) >= _of_member(count_0, count_1, count_2, MEMBERS):
+        return
+    tiles_ptr += _of_member(0, tiles_step_1, tiles_step_2, MEMBERS)
+    pages_ptr += _of_member(0, pages_step_1, pages_step_2, MEMBERS)
+    a_ptr += _of_member(0, a_step_1, a_step_2, MEMBERS)
+    scale_ptr += _of_member(0, scale_step_1, scale_step_2, MEMBERS)
     row, rows, first_page, rank, column = _tile(tiles_ptr)
     if rows == 0:
         return
+    column += tl.program_id(2) * member_columns
     tl.device_assert(row + rows <= x_rows, "a tile lies outside of x")
     split = tl.program_id(1)
     lane = tl.arange(0, BLOCK_R)  # [R]
@@ -96,15 +132,28 @@ def shrink_tiles(
     tl.store(out_ptr[:, None] + column + lane[None, :], value, mask=present[:, None])
 
 
-@triton.jit(do_not_specialize=["y_rows", "pool_rows"])
+@triton.jit(do_not_specialize=["y_rows", "pool_rows", "count_0", "count_1", "count_2"])
 def expand_rows(
-    y_ptr, b_ptr, partial_ptr, tiles_ptr, pages_ptr, y_rows, y_stride, pool_rows, N, columns, split_stride,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr,
+    y_ptr, b_ptr, partial_ptr, tiles_ptr, pages_ptr, y_rows, pool_rows, columns, member_columns, split_stride,
+    count_0, count_1, count_2, tiles_step_1, tiles_step_2, pages_step_1, pages_step_2,
+    b_step_1, b_step_2, y_step_1, y_step_2, y_stride_0, y_stride_1, y_stride_2, N_0, N_1, N_2,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
-    """y[row] += (sum over splits of partial[split, row]) B, rounded once. Grid (tiles, N / BLOCK_N)."""
+    """y[row] += (sum over splits of partial[split, row]) B, rounded once. Grid (tiles, N / BLOCK_N, members)."""
+    if tl.program_id(0) >= _of_member(count_0, count_1, count_2, MEMBERS):
+        return
+    tiles_ptr += _of_member(0, tiles_step_1, tiles_step_2, MEMBERS)
+    pages_ptr += _of_member(0, pages_step_1, pages_step_2, MEMBERS)
+    b_ptr += _of_member(0, b_step_1, b_step_2, MEMBERS)
+    y_ptr += _of_member(0, y_step_1, y_step_2, MEMBERS)
+    y_stride = _of_member(y_stride_0, y_stride_1, y_stride_2, MEMBERS)
+    N = _of_member(N_0, N_1, N_2, MEMBERS)
+    if tl.program_id(1) * BLOCK_N >= N:
+        return
     row, rows, first_page, rank, column = _tile(tiles_ptr)
     if rows == 0:
         return
+    column += tl.program_id(2) * member_columns
     tl.device_assert(row < y_rows, "a tile lies outside of y")
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
     y_at = y_ptr + row.to(tl.int64) * y_stride + n
@@ -122,15 +171,29 @@ def expand_rows(
     tl.store(y_at, (base.to(tl.float32) + sums).to(y_ptr.dtype.element_ty), mask=n < N)
 
 
-@triton.jit(do_not_specialize=["y_rows", "pool_rows"])
+@triton.jit(do_not_specialize=["y_rows", "pool_rows", "count_0", "count_1", "count_2"])
 def expand_tiles(
-    y_ptr, b_ptr, partial_ptr, tiles_ptr, pages_ptr, y_rows, y_stride, pool_rows, N, columns, split_stride,
+    y_ptr, b_ptr, partial_ptr, tiles_ptr, pages_ptr, y_rows, pool_rows, columns, member_columns, split_stride,
+    count_0, count_1, count_2, tiles_step_1, tiles_step_2, pages_step_1, pages_step_2,
+    b_step_1, b_step_2, y_step_1, y_step_2, y_stride_0, y_stride_1, y_stride_2, N_0, N_1, N_2,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr,
+    MEMBERS: tl.constexpr,
 ):  # fmt: skip
     """`expand_rows` for tiles of up to BLOCK_M rows of one segment. s is rounded to B's dtype for the dot."""
+    if tl.program_id(0) >= _of_member(count_0, count_1, count_2, MEMBERS):
+        return
+    tiles_ptr += _of_member(0, tiles_step_1, tiles_step_2, MEMBERS)
+    pages_ptr += _of_member(0, pages_step_1, pages_step_2, MEMBERS)
+    b_ptr += _of_member(0, b_step_1, b_step_2, MEMBERS)
+    y_ptr += _of_member(0, y_step_1, y_step_2, MEMBERS)
+    y_stride = _of_member(y_stride_0, y_stride_1, y_stride_2, MEMBERS)
+    N = _of_member(N_0, N_1, N_2, MEMBERS)
+    if tl.program_id(1) * BLOCK_N >= N:
+        return
     row, rows, first_page, rank, column = _tile(tiles_ptr)
     if rows == 0:
         return
+    column += tl.program_id(2) * member_columns
     tl.device_assert(row + rows <= y_rows, "a tile lies outside of y")
     m = tl.arange(0, BLOCK_M)  # [M]
     present = m < rows
