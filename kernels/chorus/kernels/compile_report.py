@@ -27,7 +27,11 @@ from triton.compiler import ASTSource
 
 from chorus.kernels.compile_case import CompileCase
 
-MODULES = ("chorus.kernels.low_rank_cases", "chorus.kernels.attention_cases")
+MODULES = (
+    "chorus.kernels.low_rank_cases",
+    "chorus.kernels.attention_cases",
+    "chorus.kernels.pointwise_cases",
+)
 PROCESSES = 2
 _MATRIX_INSTRUCTION = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma)")
 

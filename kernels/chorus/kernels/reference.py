@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from chorus.kernels.types import AttentionRow, LowRankSegment, RankPool
+from chorus.kernels.types import AttentionRow, LowRankSegment, RankPool, SlotSegment
 
 KV_LIMIT = 1e30
 """Larger keys and values are not kept: far over what any model means, and 1e8 under where a score overflows."""
@@ -28,6 +28,30 @@ def low_rank(y: Tensor, x: Tensor, pool: RankPool, segments: Sequence[LowRankSeg
         part = slice(segment.start, segment.end)
         middle = a[:, x[part]].T if x.dim() == 1 else x[part] @ a.T  # [t, r]
         y[part] += (middle * scale.to(y.dtype)) @ b
+    return y
+
+
+def row_scale(y: Tensor, vectors: Tensor, segments: Sequence[SlotSegment]) -> Tensor:
+    """y[t] *= vectors[slot] for each row t of each segment; y [T, N] changed in place and returned, vectors [slots, N].
+
+    Here and in `row_add` and `row_select`, vectors may be of higher precision than y; the result is rounded once.
+    """
+    for s in segments:
+        y[s.start : s.end] *= vectors[s.slot]
+    return y
+
+
+def row_add(y: Tensor, vectors: Tensor, segments: Sequence[SlotSegment]) -> Tensor:
+    """y[t] += vectors[slot], otherwise as `row_scale`."""
+    for s in segments:
+        y[s.start : s.end] += vectors[s.slot]
+    return y
+
+
+def row_select(y: Tensor, vectors: Tensor, segments: Sequence[SlotSegment]) -> Tensor:
+    """y[t] = vectors[slot], otherwise as `row_scale`."""
+    for s in segments:
+        y[s.start : s.end] = vectors[s.slot]
     return y
 
 

@@ -36,3 +36,12 @@ class AttentionRow:
     end: int
     context: int
     blocks: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSegment:
+    """Rows [start, end) of the batch use what lies at `slot` of a pool of vectors [slots, N]."""
+
+    start: int
+    end: int
+    slot: int
