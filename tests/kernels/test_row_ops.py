@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from chorus.kernels import RowPlan, SlotSegment, reference, row_add, row_scale, row_select
 from support.row_ops import DEFINITIONS, check
-from support.rows import DTYPES, LAYOUTS, layouts, noise, segments_of, slot_of_rows
+from support.rows import DTYPES, LAYOUTS, Layout, layouts, noise, segments_of, slot_of_rows
 
 CPU = torch.device("cpu")
 Operator = Callable[..., torch.Tensor]
@@ -22,7 +22,7 @@ Operator = Callable[..., torch.Tensor]
     dtype=st.sampled_from(DTYPES), in_float32=st.booleans(), strided=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_row_operators_are_their_definition_row_by_row(
-    operator: Operator, layout: list[tuple[int, int | None]], width: int, dtype: torch.dtype, in_float32: bool,
+    operator: Operator, layout: Layout, width: int, dtype: torch.dtype, in_float32: bool,
     strided: bool, seed: int,
 ) -> None:  # fmt: skip
     width = width if dtype is torch.float32 else 64  # an RMS of a few roundings means nothing
@@ -31,7 +31,7 @@ def test_row_operators_are_their_definition_row_by_row(
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("operator", DEFINITIONS, ids=lambda o: o.__name__)
-def test_layouts_of_real_batches(operator: Operator, layout: list[tuple[int, int | None]]) -> None:
+def test_layouts_of_real_batches(operator: Operator, layout: Layout) -> None:
     check(operator, layout, 48, torch.bfloat16, torch.bfloat16)
 
 
@@ -87,9 +87,10 @@ def test_a_batch_that_makes_no_sense_is_refused(segments: list[SlotSegment], row
 )
 def test_what_does_not_fit_is_refused_by_name(arguments: dict[str, Any], says: str) -> None:
     plan = RowPlan([SlotSegment(0, 2, 1)], 2, CPU)
+    given_: dict[str, Any] = {"y": torch.zeros(2, 4), "vectors": torch.zeros(2, 4), "plan": plan}
     for operator in (row_scale, row_add, row_select):
         with pytest.raises(ValueError, match=says):
-            operator(**({"y": torch.zeros(2, 4), "vectors": torch.zeros(2, 4), "plan": plan} | arguments))
+            operator(**(given_ | arguments))
 
 
 def test_a_plan_without_a_capacity_is_not_written_anew() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from chorus.kernels import RowPlan, row_add
 from support.row_ops import DEFINITIONS, check
-from support.rows import DTYPES, LAYOUTS, noise, segments_of
+from support.rows import DTYPES, LAYOUTS, Layout, noise, segments_of
 
 pytestmark = pytest.mark.gpu
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("strided", [False, True])
 def test_row_operators_are_their_definition_row_by_row(
-    operator: Callable[..., torch.Tensor], layout: list[tuple[int, int | None]], dtype: torch.dtype, strided: bool
+    operator: Callable[..., torch.Tensor], layout: Layout, dtype: torch.dtype, strided: bool
 ) -> None:
     for width in (4096, 33):
         check(operator, layout, width, dtype, torch.float32, strided=strided, device="cuda")
@@ -30,8 +30,8 @@ def test_a_graph_replays_other_batches_of_its_capacity() -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         row_add(y, vectors, plan)
-    here = RowPlan([], 0, torch.device("cpu"))
-    for layout in ([(1, i % 6) for i in range(8)], [(2, None), (5, 3)], [(8, None)]):
+    batches: list[Layout] = [[(1, i % 6) for i in range(8)], [(2, None), (5, 3)], [(8, None)]]
+    for layout in batches:
         segments, rows = segments_of(layout)
         before = y.cpu()
         plan.rewrite(segments, rows)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from chorus.kernels import RowPlan, row_add, row_scale, row_select
-from support.rows import check_close, noise, segments_of, slot_of_rows
+from support.rows import Layout, check_close, noise, segments_of, slot_of_rows
 
 SLOTS = 6
 DEFINITIONS: dict[Callable[..., Tensor], Callable[[Tensor, Tensor], Tensor]] = {
@@ -17,7 +17,7 @@ DEFINITIONS: dict[Callable[..., Tensor], Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def check(
-    operator: Callable[..., Tensor], layout: list[tuple[int, int | None]], width: int, dtype: torch.dtype,
+    operator: Callable[..., Tensor], layout: Layout, width: int, dtype: torch.dtype,
     pool_dtype: torch.dtype, *, strided: bool = False, seed: int = 0, plan: RowPlan | None = None,
     device: str = "cpu", triton: bool | None = None,
 ) -> None:  # fmt: skip

@@ -5,23 +5,29 @@ One name per operator through specification (`reference`), implementation, test 
 
 from chorus.kernels.low_rank import LowRankPlan, low_rank, low_rank_group
 from chorus.kernels.paged_attention import AttentionPlan, paged_attention, store_kv
+from chorus.kernels.residual_norm import residual_norm
 from chorus.kernels.row_ops import row_add, row_scale, row_select
 from chorus.kernels.row_plan import RowPlan
-from chorus.kernels.types import AttentionRow, LowRankSegment, RankPool, SlotSegment
+from chorus.kernels.silu_mul import gelu_tanh_mul, silu_mul
+from chorus.kernels.types import AttentionRow, LowRankSegment, Norm, RankPool, SlotSegment
 
 __all__ = [
     "AttentionPlan",
     "AttentionRow",
     "LowRankPlan",
     "LowRankSegment",
+    "Norm",
     "RankPool",
     "RowPlan",
     "SlotSegment",
+    "gelu_tanh_mul",
     "low_rank",
     "low_rank_group",
     "paged_attention",
+    "residual_norm",
     "row_add",
     "row_scale",
     "row_select",
+    "silu_mul",
     "store_kv",
 ]

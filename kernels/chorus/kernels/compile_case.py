@@ -23,7 +23,7 @@ class CompileCase:
 
     kernel: Any
     signature: Mapping[str, str]
-    constants: Mapping[str, int | bool | str | float]
+    constants: Mapping[str, int | bool | str | float | None]
     warps: int
     stages: int
     aligned: frozenset[str] = frozenset()

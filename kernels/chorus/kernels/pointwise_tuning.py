@@ -13,3 +13,19 @@ class RowTile:
 
 
 ROW_UPDATE = RowTile(1024, 4, "predicted: 16 bytes a thread of y and of the vector; N 4096 is 4 programs a row")
+GATED = RowTile(1024, 4, "predicted: 16 bytes a thread of gate and of up; N 14336 is 14 programs a row")
+
+# Rows are normed whole: columns are the widest row that a tile takes, rounded up to a power of two.
+NORMS = (
+    RowTile(1024, 4, "predicted: 16 bytes a thread; a decode step is one program a row, bound by latency"),
+    RowTile(4096, 8, "predicted: 32 bytes a thread of residual and of x, two loads each in flight"),
+    RowTile(8192, 16, "predicted: as 4096"),
+    RowTile(16384, 16, "predicted: 64 bytes a thread; the values stay in registers between the passes"),
+)
+WIDEST_NORM = NORMS[-1].columns
+
+
+def norm_tile(width: int) -> RowTile:
+    """The tile of rows of `width` columns, WIDEST_NORM at most, with its columns as few as hold them."""
+    tile = next(t for t in NORMS if width <= t.columns)
+    return RowTile(1 << (width - 1).bit_length(), tile.warps, tile.evidence)

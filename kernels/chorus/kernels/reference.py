@@ -5,11 +5,15 @@ of its inputs, so a float64 call is the exact answer up to rounding.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from chorus.kernels.types import AttentionRow, LowRankSegment, RankPool, SlotSegment
+from chorus.kernels.types import AttentionRow, LowRankSegment, Norm, RankPool, SlotSegment
+
+Activation = Literal["silu", "gelu_tanh"]
 
 KV_LIMIT = 1e30
 """Larger keys and values are not kept: far over what any model means, and 1e8 under where a score overflows."""
@@ -53,6 +57,38 @@ def row_select(y: Tensor, vectors: Tensor, segments: Sequence[SlotSegment]) -> T
     for s in segments:
         y[s.start : s.end] = vectors[s.slot]
     return y
+
+
+def residual_norm(residual: Tensor, x: Tensor | None, norm: Norm, segments: Sequence[SlotSegment] = ()) -> Tensor:
+    """residual += x, in place; returns norm(residual), [T, N]. Rows of a segment have its slot's weight and bias.
+
+    "rms" is v / RMS(v), rounded, times weight; "rms_plus_one" v / RMS(v) times (1 + weight), rounded; "layer"
+    (v - mean) / std times weight plus bias, rounded. eps is added to the mean square. Low precision is normed in
+    float32.
+    """
+    if x is not None:
+        residual += x
+    dtype, wide = residual.dtype, torch.promote_types(residual.dtype, torch.float32)
+    weight, bias = norm.weight.expand_as(residual).clone(), torch.zeros_like(residual)
+    if norm.bias is not None:
+        bias += norm.bias
+    for s in segments:
+        weight[s.start : s.end] = norm.weights[s.slot] if norm.weights is not None else norm.weight
+        if norm.biases is not None:
+            bias[s.start : s.end] = norm.biases[s.slot]
+    h = residual.to(wide)
+    if norm.kind == "layer":
+        h = h - h.mean(dim=-1, keepdim=True)
+    normed = h * torch.rsqrt(h.square().mean(dim=-1, keepdim=True) + norm.eps)
+    if norm.kind == "rms":
+        return normed.to(dtype) * weight
+    return (normed * ((norm.kind == "rms_plus_one") + weight.to(wide)) + bias.to(wide)).to(dtype)
+
+
+def gated_mul(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    """silu(gate) * up, or gelu in its tanh form; the activation is rounded before the product. [T, N]."""
+    act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    return act * up
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

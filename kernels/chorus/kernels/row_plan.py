@@ -22,20 +22,20 @@ class CpuRows(NamedTuple):
     """The rows of all segments on a CPU: a view of the batch where they are neighbours, else an index."""
 
     first: int
-    count: int
+    total: int
     rows: Tensor | None
     slots: Tensor
-    """[count]; one alone where all rows use the same."""
+    """[total]; one alone where all rows use the same."""
 
     def vectors(self, pool: Tensor) -> Tensor:
-        """[count, N], or [1, N] for all."""
+        """[total, N], or [1, N] for all."""
         if self.slots.numel() == 1:
             return pool.narrow(0, int(self.slots), 1)
         return pool.index_select(0, self.slots)
 
     def of(self, y: Tensor) -> Tensor:
         """Their rows of y: a view, or a copy."""
-        return y.narrow(0, self.first, self.count) if self.rows is None else y.index_select(0, self.rows)
+        return y.narrow(0, self.first, self.total) if self.rows is None else y.index_select(0, self.rows)
 
 
 class RowPlan:
@@ -66,6 +66,11 @@ class RowPlan:
         self.buffer = _to(self._filled(), device) if self.runs_triton else None
 
     @property
+    def size(self) -> int:
+        """Rows that a batch may have: the capacity, or this one's."""
+        return self._capacity if self._capacity is not None else self.rows
+
+    @property
     def entries(self) -> int:
         """How many entries the table has, used or not."""
         return self._capacity if self._capacity is not None else self._used
@@ -91,7 +96,7 @@ class RowPlan:
         """Entries [n, 2], then slots [n]."""
         rows, slots = _pairs(self.segments)
         unused = self.entries - len(rows)
-        dense = torch.full((self._capacity if self._capacity is not None else self.rows,), -1, dtype=torch.int32)
+        dense = torch.full((self.size,), -1, dtype=torch.int32)
         dense[rows] = slots
         entries = torch.stack((rows.int(), slots), dim=1).flatten()
         return torch.cat((entries, torch.tensor([0, -1] * unused, dtype=torch.int32), dense))

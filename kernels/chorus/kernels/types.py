@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -22,6 +22,22 @@ class LowRankSegment:
     start: int
     end: int
     pool_rows: tuple[int, ...]
+
+
+NormKind = Literal["rms", "rms_plus_one", "layer"]
+"""Llama's RMSNorm, Gemma's with (1 + weight), LayerNorm."""
+
+
+class Norm(NamedTuple):
+    """A norm's weight [N] (and bias [N], of a LayerNorm), with what versions have in their place: weights [slots, N],
+    biases [slots, N]. All in the model's dtype."""
+
+    kind: NormKind
+    weight: Tensor
+    eps: float
+    bias: Tensor | None = None
+    weights: Tensor | None = None
+    biases: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

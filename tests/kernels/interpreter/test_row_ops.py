@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from chorus.kernels import RowPlan, SlotSegment, row_scale
 from support.row_ops import DEFINITIONS, check
-from support.rows import DTYPES, layouts, segments_of
+from support.rows import DTYPES, Layout, layouts, segments_of
 
 CPU = torch.device("cpu")
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
     dtype=st.sampled_from(DTYPES), in_float32=st.booleans(), strided=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_row_operators_are_their_definition_row_by_row(
-    operator: Callable[..., torch.Tensor], layout: list[tuple[int, int | None]], width: int, dtype: torch.dtype,
+    operator: Callable[..., torch.Tensor], layout: Layout, width: int, dtype: torch.dtype,
     in_float32: bool, strided: bool, seed: int,
 ) -> None:  # fmt: skip
     width = width if dtype is torch.float32 or width > 1 else 33  # an RMS of a few roundings means nothing
@@ -31,10 +31,11 @@ def test_row_operators_are_their_definition_row_by_row(
 @pytest.mark.parametrize("operator", DEFINITIONS, ids=lambda o: o.__name__)
 def test_a_capacity_holds_any_batch_in_the_same_buffer(operator: Callable[..., torch.Tensor]) -> None:
     """The largest first and last: nothing is left out, whatever the table held before."""
-    full: list[tuple[int, int | None]] = [(1, i % 6) for i in range(7)]
+    full: Layout = [(1, i % 6) for i in range(7)]
     plan = RowPlan([], 0, CPU, triton=True, capacity=7)
     buffer = plan.buffer
-    for layout in (full, [(2, None), (3, 1)], [(1, None)], full):
+    batches: list[Layout] = [full, [(2, None), (3, 1)], [(1, None)], full]
+    for layout in batches:
         plan.rewrite(*segments_of(layout))
         assert plan.buffer is buffer
         check(operator, layout, 33, torch.float32, torch.float32, plan=plan)
