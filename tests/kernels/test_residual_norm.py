@@ -87,17 +87,12 @@ def test_a_row_with_nan_reaches_no_other_row() -> None:
     ("arguments", "says"),
     [
         ({"residual": torch.zeros(3)}, "residual: want"),
-        ({"residual": torch.zeros(3, 4).long()}, "residual: want"),
         ({"residual": torch.zeros(4, 3).T}, "residual: rows must be contiguous"),
+        ({"residual": torch.zeros(3, 4).double()}, "norm: made for torch.float32"),
+        ({"residual": torch.zeros(3, 5)}, "norm: made for torch.float32 .T, 4."),
         ({"x": torch.zeros(3, 5)}, "x: want"),
         ({"x": torch.zeros(3, 4).half()}, "x: want"),
-        ({"norm": Norm("batch", torch.ones(4), EPS)}, "norm: kind 'batch'"),  # type: ignore[arg-type]
-        ({"norm": Norm("rms", torch.ones(4), EPS, torch.ones(4))}, "norm: rms has no bias"),
-        ({"norm": Norm("rms", torch.ones(5), EPS)}, "norm: weight must be"),
-        ({"norm": Norm("rms", torch.ones(4).half(), EPS)}, "norm: weight must be"),
         ({"norm": Norm("rms", torch.ones(4), EPS)}, "norm: weights have 0 slots"),
-        ({"norm": Norm("rms", torch.ones(4), EPS, None, torch.ones(2, 3))}, "norm: weights must be"),
-        ({"norm": Norm("layer", torch.ones(4), EPS, torch.ones(4), torch.ones(2, 4))}, "norm: bias and biases"),
         ({"plan": RowPlan([], 4, CPU)}, "plan: made for 4 rows"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -108,3 +103,21 @@ def test_what_does_not_fit_is_refused_by_name(arguments: dict[str, Any], says: s
     given_["plan"] = RowPlan([SlotSegment(0, 3, 1)], 3, CPU)
     with pytest.raises(ValueError, match=says):
         residual_norm(**(given_ | arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("batch", torch.ones(4), EPS), "kind: 'batch'"),
+        (("rms", torch.ones(4), EPS, torch.ones(4)), "bias: rms has none"),
+        (("rms", torch.ones(()), EPS), "weight: want"),
+        (("rms", torch.ones(8)[::2], EPS), "weight: want"),
+        (("rms", torch.ones(4), EPS, None, torch.ones(2, 3)), "weights: want"),
+        (("rms", torch.ones(4), EPS, None, torch.ones(2, 4).half()), "weights: want"),
+        (("layer", torch.ones(4), EPS, torch.ones(4), torch.ones(2, 4)), "bias, biases"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_norm_that_makes_no_sense_is_refused_by_name(arguments: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Norm(*arguments)

@@ -11,7 +11,12 @@ from chorus.kernels import SlotSegment
 Layout = list[tuple[int, int | None]]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # RMS(err) / RMS(ref), and max |err| / RMS(ref) beside it.
-BOUND = {torch.float32: (1e-5, 1e-4), torch.float16: (4e-3, 4e-2), torch.bfloat16: (4e-3, 4e-2)}
+BOUND = {
+    torch.float64: (1e-12, 1e-11),
+    torch.float32: (1e-5, 1e-4),
+    torch.float16: (4e-3, 4e-2),
+    torch.bfloat16: (4e-3, 4e-2),
+}
 LAYOUTS: dict[str, Layout] = {
     "a decode step, all distinct": [(1, slot) for slot in (3, 0, 5, 1)],
     "rows without an adapter around and between": [(2, None), (3, 1), (1, None), (1, 0), (2, None)],

@@ -6,6 +6,7 @@ One name per operator through specification (`reference`), implementation, test 
 from chorus.kernels.low_rank import LowRankPlan, low_rank, low_rank_group
 from chorus.kernels.paged_attention import AttentionPlan, paged_attention, store_kv
 from chorus.kernels.residual_norm import residual_norm
+from chorus.kernels.rope_store import RopePlan, qk_norm_rope_store
 from chorus.kernels.row_ops import row_add, row_scale, row_select
 from chorus.kernels.row_plan import RowPlan
 from chorus.kernels.silu_mul import gelu_tanh_mul, silu_mul
@@ -18,12 +19,14 @@ __all__ = [
     "LowRankSegment",
     "Norm",
     "RankPool",
+    "RopePlan",
     "RowPlan",
     "SlotSegment",
     "gelu_tanh_mul",
     "low_rank",
     "low_rank_group",
     "paged_attention",
+    "qk_norm_rope_store",
     "residual_norm",
     "row_add",
     "row_scale",

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
-from chorus.kernels import triton_pointwise, triton_row_ops
+from chorus.kernels import reference, triton_pointwise, triton_rope_store, triton_row_ops
 from chorus.kernels.compile_case import TRITON_TYPES, CompileCase
-from chorus.kernels.pointwise_tuning import GATED, NORMS, ROW_UPDATE, RowTile
+from chorus.kernels.pointwise_tuning import GATED, NORMS, ROPE_WARPS, ROW_UPDATE, RowTile, rope_heads
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -21,6 +21,16 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
         yield _norm_case(torch.float32, tile, "layer", pooled=True)
     for kind, pooled in (("rms", True), ("rms_plus_one", False), ("layer", True)):
         yield _norm_case(torch.bfloat16, NORMS[1], kind, pooled=pooled)
+    for dtype, dim, rotary, kind, interleaved in (
+        (torch.bfloat16, 64, 64, "", False),
+        (torch.bfloat16, 80, 32, "", False),
+        (torch.bfloat16, 128, 128, "rms", False),
+        (torch.bfloat16, 128, 128, "", True),
+        (torch.bfloat16, 256, 256, "rms_plus_one", False),
+        (torch.float16, 128, 128, "", False),
+        (torch.float32, 128, 128, "rms", False),
+    ):
+        yield _rope_case(dtype, dim, rotary, kind, interleaved)
 
 
 def _row_update_cases(dtype: torch.dtype) -> Iterator[CompileCase]:
@@ -44,10 +54,11 @@ def _norm_case(dtype: torch.dtype, tile: RowTile, kind: str, *, pooled: bool) ->
     sizes = dict.fromkeys(("slots_at", "slots_total", "residual_stride", "x_stride", "N"), "i32")
     flags = {"HAS_X": True, "HAS_BIAS": kind == "layer", "HAS_POOL": pooled}
     table = {"table_ptr": "*i32"} if pooled else {}
+    absent: dict[str, None] = {} if pooled else {"table_ptr": None}
     return CompileCase(
         kernel=triton_pointwise.residual_norm,
         signature=pointers | table | sizes | {"eps": "fp32"},
-        constants={"KIND": kind, **flags, "BLOCK_N": tile.columns} | ({} if pooled else {"table_ptr": None}),
+        constants={"KIND": kind, **flags, "BLOCK_N": tile.columns, **absent},
         warps=tile.warps,
         stages=1,
         aligned=frozenset({*pointers, "residual_stride", "x_stride", "N"}),
@@ -64,4 +75,23 @@ def _gated_case(dtype: torch.dtype, activation: str) -> CompileCase:
         warps=GATED.warps,
         stages=1,
         aligned=frozenset({*pointers, *sizes}),
+    )
+
+
+def _rope_case(dtype: torch.dtype, dim: int, rotary: int, kind: str, interleaved: bool) -> CompileCase:
+    names = ("qkv_ptr", "query_ptr", "k_cache_ptr", "v_cache_ptr", "cos_ptr", "sin_ptr")
+    norms = ("q_weight_ptr", "k_weight_ptr")
+    pointers = dict.fromkeys((*names, *(norms if kind else ())), f"*{TRITON_TYPES[dtype]}")
+    sizes = dict.fromkeys(("qkv_stride", "angle_stride", "slots_total"), "i32")
+    constants: dict[str, int | bool | str | float | None] = dict.fromkeys(() if kind else norms)
+    return CompileCase(
+        kernel=triton_rope_store.qk_norm_rope_store,
+        signature=pointers | {"slots_ptr": "*i64"} | sizes | {"eps": "fp32"},
+        constants=constants
+        | {"HEADS": 32, "KV_HEADS": 8, "DIM": dim, "BLOCK": 16, "ROTARY": rotary, "KIND": kind}
+        | {"INTERLEAVED": interleaved, "LIMIT": reference.KV_LIMIT}
+        | {"BLOCK_H": rope_heads(dim), "BLOCK_D": 1 << (dim - 1).bit_length()},
+        warps=ROPE_WARPS,
+        stages=1,
+        aligned=frozenset({*pointers, "slots_ptr", "qkv_stride", "angle_stride"}),
     )

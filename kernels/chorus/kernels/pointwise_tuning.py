@@ -25,6 +25,16 @@ NORMS = (
 WIDEST_NORM = NORMS[-1].columns
 
 
+ROPE_VALUES, ROPE_WARPS = 1024, 4
+"""Values of a program of qk_norm_rope_store. Predicted: 8 heads of 128, 16 bytes a thread of each of two reads; 32
+query and 8 key heads are 6 programs a row."""
+
+
+def rope_heads(dim: int) -> int:
+    """Heads of a program."""
+    return max(ROPE_VALUES >> (dim - 1).bit_length(), 1)
+
+
 def norm_tile(width: int) -> RowTile:
     """The tile of rows of `width` columns, WIDEST_NORM at most, with its columns as few as hold them."""
     tile = next(t for t in NORMS if width <= t.columns)

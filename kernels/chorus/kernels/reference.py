@@ -100,8 +100,50 @@ def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots
     """
     for t, slot in enumerate(slots.tolist()):
         block, offset = divmod(slot, k_cache.shape[2])
-        k_cache[block, :, offset] = torch.where(key[t].abs() <= KV_LIMIT, key[t], 0)
-        v_cache[block, :, offset] = torch.where(value[t].abs() <= KV_LIMIT, value[t], 0)
+        k_cache[block, :, offset] = torch.where(key[t].abs().double() <= KV_LIMIT, key[t], 0)
+        v_cache[block, :, offset] = torch.where(value[t].abs().double() <= KV_LIMIT, value[t], 0)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool) -> Tensor:
+    """Rotary positions: (a, b) becomes (a cos - b sin, b cos + a sin) for each pair of the first R of D dimensions.
+
+    x [T, H, D]; cos, sin [T, R / 2]. Pairs are (i, i + R / 2), or (2 i, 2 i + 1). Rounded once.
+    """
+    out, half = x.clone(), cos.shape[1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos[:, None].to(wide), sin[:, None].to(wide)
+    first, second = (
+        (slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved else (slice(half), slice(half, 2 * half))
+    )
+    a, b = x[..., first].to(wide), x[..., second].to(wide)
+    out[..., first] = (a * cos - b * sin).to(x.dtype)
+    out[..., second] = (b * cos + a * sin).to(x.dtype)
+    return out
+
+
+def qk_norm_rope_store(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    *,
+    q_norm: Norm | None = None,
+    k_norm: Norm | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """Norms each query and key over D, rotates it, stores keys and values; returns the queries [T, H, D].
+
+    qkv [T, H + 2 H_kv, D]; caches [blocks, H_kv, block_size, D]; see `residual_norm`, `rotate`, `store_kv`.
+    """
+    kv_heads = k_cache.shape[1]
+    query, key, value = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+    if q_norm is not None and k_norm is not None:
+        query = residual_norm(query.flatten(0, 1), None, q_norm).view(query.shape)
+        key = residual_norm(key.flatten(0, 1), None, k_norm).view(key.shape)
+    store_kv(rotate(key, cos, sin, interleaved=interleaved), value, k_cache, v_cache, slots)
+    return rotate(query, cos, sin, interleaved=interleaved)
 
 
 def paged_attention(

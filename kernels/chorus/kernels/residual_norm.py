@@ -6,8 +6,6 @@ Three norms, each rounded where transformers rounds it, so that models keep thei
 Gemma's with (1 + weight), LayerNorm. On CPU that is torch's own norm and a product; on CUDA one launch.
 """
 
-from typing import get_args
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,8 +13,8 @@ from torch import Tensor
 from chorus.kernels import reference
 from chorus.kernels.pointwise_tuning import WIDEST_NORM
 from chorus.kernels.row_ops import TRITON_DTYPES, check_rows
-from chorus.kernels.row_plan import RowPlan
-from chorus.kernels.types import Norm, NormKind
+from chorus.kernels.row_plan import CpuRows, RowPlan
+from chorus.kernels.types import Norm
 
 
 def residual_norm(
@@ -58,63 +56,60 @@ def _on_triton(residual: Tensor, x: Tensor | None, norm: Norm, plan: RowPlan | N
 
 def _on_cpu(h: Tensor, norm: Norm, plan: RowPlan | None) -> Tensor:
     if plan is None or plan.cpu is None:
-        return _normed(h, norm.kind, norm.weight, norm.bias, norm.eps)
-    rows, weights = plan.cpu, norm.weights
-    assert weights is not None
-    biases = None if norm.biases is None else rows.vectors(norm.biases)
-    own = _normed(rows.of(h), norm.kind, rows.vectors(weights), biases, norm.eps)
+        return _base(h, norm)
+    rows = plan.cpu
+    own = _own(rows.of(h), norm, rows)
     if rows.total == len(h):
         return own
-    out = _normed(h, norm.kind, norm.weight, norm.bias, norm.eps)
+    out = _base(h, norm)
     if rows.rows is None:
         out[rows.first : rows.first + rows.total] = own
         return out
     return out.index_copy_(0, rows.rows, own)
 
 
-def _normed(h: Tensor, kind: NormKind, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """weight and bias [N], or one for each row."""
+def _base(h: Tensor, norm: Norm) -> Tensor:
+    """With the base's vectors. torch rounds an RMSNorm after its weight; transformers' Llama rounds before it too."""
     shape = h.shape[1:]
-    if kind == "rms":
-        return F.rms_norm(h, shape, None, eps).mul_(weight)
-    if kind == "layer" and weight.dim() == 1:
-        return F.layer_norm(h, shape, weight, bias, eps)
+    if norm.kind == "rms":
+        return F.rms_norm(h, shape, None, norm.eps).mul_(norm.weight)
+    if norm.kind == "layer":
+        return F.layer_norm(h, shape, norm.weight, norm.bias, norm.eps)
+    scale = norm.one_plus_weight
+    return F.rms_norm(h.to(scale.dtype), shape, scale, norm.eps).to(h.dtype)
+
+
+def _own(h: Tensor, norm: Norm, rows: CpuRows) -> Tensor:
+    """With each row's own."""
+    shape, weights = h.shape[1:], norm.weights
+    assert weights is not None
+    weight = rows.vectors(weights)
+    if norm.kind == "rms":
+        return F.rms_norm(h, shape, None, norm.eps).mul_(weight)
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
-    if kind == "rms_plus_one":
-        normed = F.rms_norm(wide, shape, None, eps)
+    if norm.kind == "rms_plus_one":
+        normed = F.rms_norm(wide, shape, None, norm.eps)
         return normed.addcmul_(normed, weight.to(wide.dtype)).to(h.dtype)
-    normed = F.layer_norm(wide, shape, None, None, eps).mul_(weight)
-    return (normed if bias is None else normed.add_(bias)).to(h.dtype)
+    normed = F.layer_norm(wide, shape, None, None, norm.eps).mul_(weight)
+    return (normed if norm.biases is None else normed.add_(rows.vectors(norm.biases))).to(h.dtype)
 
 
 def _check(residual: Tensor, x: Tensor | None, norm: Norm, plan: RowPlan | None) -> None:
-    if residual.dim() != 2 or not residual.is_floating_point():
-        raise ValueError(f"residual: want a floating tensor [T, N], got {residual.dtype} {tuple(residual.shape)}")
-    if x is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
-        raise ValueError(f"x: want {residual.dtype} {tuple(residual.shape)}, got {x.dtype} {tuple(x.shape)}")
-    for name, rows in (("residual", residual), ("x", x)):
-        if rows is not None:
-            check_rows(name, rows, residual.device)
-    if norm.kind not in get_args(NormKind):
-        raise ValueError(f"norm: kind {norm.kind!r} is none of {get_args(NormKind)}")
-    if norm.kind != "layer" and (norm.bias is not None or norm.biases is not None):
-        raise ValueError(f"norm: {norm.kind} has no bias")
-    if norm.weights is not None and (norm.bias is None) != (norm.biases is None):
-        raise ValueError("norm: bias and biases come together")
-    slots = 0 if norm.weights is None else norm.weights.shape[0]
-    width = residual.shape[1]
-    shapes = {"weight": (width,), "bias": (width,), "weights": (slots, width), "biases": (slots, width)}
-    for name, shape in shapes.items():
-        vector: Tensor | None = getattr(norm, name)
-        if vector is not None and (
-            vector.shape != shape
-            or vector.dtype != residual.dtype
-            or vector.device != residual.device
-            or not vector.is_contiguous()
-        ):
-            raise ValueError(f"norm: {name} must be {shape}, contiguous, {residual.dtype}, on {residual.device}")
+    if residual.dim() != 2:
+        raise ValueError(f"residual: want [T, N], got {tuple(residual.shape)}")
+    weight = norm.weight
+    if weight.shape != residual.shape[1:] or weight.dtype != residual.dtype or weight.device != residual.device:
+        raise ValueError(
+            f"norm: made for {weight.dtype} [T, {len(weight)}] on {weight.device}, "
+            f"residual is {residual.dtype} {tuple(residual.shape)} on {residual.device}"
+        )
+    check_rows("residual", residual, weight.device)
+    if x is not None:
+        if x.shape != residual.shape or x.dtype != residual.dtype:
+            raise ValueError(f"x: want {residual.dtype} {tuple(residual.shape)}, got {x.dtype} {tuple(x.shape)}")
+        check_rows("x", x, weight.device)
     if plan is not None:
-        _check_plan(residual, slots, plan)
+        _check_plan(residual, norm.slots, plan)
 
 
 def _check_plan(residual: Tensor, slots: int, plan: RowPlan) -> None:

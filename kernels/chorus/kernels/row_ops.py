@@ -92,6 +92,9 @@ def check_rows(name: str, tensor: Tensor, device: torch.device) -> None:
         ValueError: on another device, or its rows are not contiguous or overlap.
     """
     if tensor.device != device:
-        raise ValueError(f"{name}: on {tensor.device}, the plan is on {device}")
-    if (tensor.shape[1] > 1 and tensor.stride(1) != 1) or (tensor.shape[0] > 1 and tensor.stride(0) < tensor.shape[1]):
+        raise ValueError(f"{name}: on {tensor.device}, not on {device}")
+    if tensor.is_contiguous():
+        return
+    (rows, width), (apart, step) = tensor.shape, tensor.stride()
+    if (width > 1 and step != 1) or (rows > 1 and apart < width):
         raise ValueError(f"{name}: rows must be contiguous and lie apart, strides are {tensor.stride()}")

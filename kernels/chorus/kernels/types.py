@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 
@@ -28,9 +30,14 @@ NormKind = Literal["rms", "rms_plus_one", "layer"]
 """Llama's RMSNorm, Gemma's with (1 + weight), LayerNorm."""
 
 
-class Norm(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Norm:
     """A norm's weight [N] (and bias [N], of a LayerNorm), with what versions have in their place: weights [slots, N],
-    biases [slots, N]. All in the model's dtype."""
+    biases [slots, N]. All in the model's dtype, contiguous. Checked here once, so that a call need not.
+
+    Raises:
+        ValueError: its vectors do not fit each other, or the kind.
+    """
 
     kind: NormKind
     weight: Tensor
@@ -38,6 +45,34 @@ class Norm(NamedTuple):
     bias: Tensor | None = None
     weights: Tensor | None = None
     biases: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(NormKind):
+            raise ValueError(f"kind: {self.kind!r} is none of {get_args(NormKind)}")
+        if self.kind != "layer" and (self.bias is not None or self.biases is not None):
+            raise ValueError(f"bias: {self.kind} has none")
+        if self.weights is not None and (self.bias is None) != (self.biases is None):
+            raise ValueError("bias, biases: both or neither")
+        width = self.weight.shape[0] if self.weight.dim() else 0
+        shapes = {"weight": (width,), "bias": (width,), "weights": (self.slots, width), "biases": (self.slots, width)}
+        for name, shape in shapes.items():
+            vector: Tensor | None = getattr(self, name)
+            if vector is not None and (
+                vector.shape != shape
+                or vector.dtype != self.weight.dtype
+                or vector.device != self.weight.device
+                or not vector.is_contiguous()
+            ):
+                raise ValueError(f"{name}: want {shape}, contiguous, of the weight's dtype on its device")
+
+    @property
+    def slots(self) -> int:
+        return 0 if self.weights is None else self.weights.shape[0]
+
+    @cached_property
+    def one_plus_weight(self) -> Tensor:
+        """1 + weight in float32, or float64: a CPU would spend a sixth of a norm's time on it."""
+        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + 1
 
 
 @dataclass(frozen=True, slots=True)
