@@ -32,6 +32,8 @@ def test_queries_and_pages_are_their_definition(
     rows: int, heads: tuple[int, int], sizes: tuple[int, int], dtype: torch.dtype, kind: Any, interleaved: bool,
     strided: bool, seed: int,
 ) -> None:  # fmt: skip
+    if dtype is not torch.float32:
+        rows, heads = rows + 6, (6, 2)  # an RMS of a few roundings means nothing
     check(rows, heads, *sizes, dtype, kind=kind, interleaved=interleaved, strided=strided, seed=seed)
 
 

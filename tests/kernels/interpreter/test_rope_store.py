@@ -22,6 +22,8 @@ def test_queries_and_pages_are_their_definition(
     rows: int, heads: tuple[int, int], sizes: tuple[int, int], dtype: torch.dtype, kind: Any, interleaved: bool,
     strided: bool, seed: int,
 ) -> None:  # fmt: skip
+    if dtype is not torch.float32:
+        heads = (9, 3)  # an RMS of a few roundings means nothing
     check(rows, heads, *sizes, dtype, kind=kind, interleaved=interleaved, strided=strided, seed=seed, triton=True)
 
 
