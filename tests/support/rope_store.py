@@ -51,7 +51,7 @@ def check(
     qkv = (wide.to(device)[:, : flat.shape[1]] if strided else flat.to(device).contiguous()).view(rows, h + 2 * kv, dim)
     cos, sin = (t.to(dtype) for t in angles(rows, width, seed))
     q_norm, k_norm = (
-        None if kind is None else Norm(kind, (noise(seed + i, dim) + 0.5).to(dtype).to(device), EPS) for i in (1, 2)
+        None if kind is None else Norm(kind, (noise(seed + i, dim) / 4 + 1).to(dtype).to(device), EPS) for i in (1, 2)
     )
     blocks = rows // BLOCK + 3
     slots = torch.randperm(blocks * BLOCK, generator=torch.Generator().manual_seed(seed))[:rows]

@@ -10,12 +10,12 @@ from chorus.kernels import SlotSegment
 
 Layout = list[tuple[int, int | None]]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# RMS(err) / RMS(ref), and max |err| / RMS(ref) beside it.
+# RMS(err) / RMS(ref), and max |err| / (RMS(ref) + |ref|) beside it: each value is rounded in its own binade.
 BOUND = {
     torch.float64: (1e-12, 1e-11),
     torch.float32: (1e-5, 1e-4),
-    torch.float16: (4e-3, 4e-2),
-    torch.bfloat16: (4e-3, 4e-2),
+    torch.float16: (4e-3, 2e-2),
+    torch.bfloat16: (4e-3, 2e-2),
 }
 LAYOUTS: dict[str, Layout] = {
     "a decode step, all distinct": [(1, slot) for slot in (3, 0, 5, 1)],
@@ -54,7 +54,7 @@ def check_close(got: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> N
     error, scale = got.cpu().double() - exact, float(exact.square().mean().sqrt())
     rms_bound, max_bound = BOUND[dtype]
     assert float(error.square().mean().sqrt()) <= rms_bound * scale
-    assert float(error.abs().max()) <= max_bound * scale
+    assert bool((error.abs() <= max_bound * (scale + exact.abs())).all())
 
 
 @contextmanager

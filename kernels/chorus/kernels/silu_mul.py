@@ -15,7 +15,7 @@ def silu_mul(gate: Tensor, up: Tensor, *, triton: bool | None = None) -> Tensor:
     """silu(gate) * up, a new tensor [T, N]. `triton` says whether Triton runs (on CUDA if None).
 
     Raises:
-        ValueError: gate and up differ in shape, dtype or device, or their rows are not contiguous.
+        ValueError: gate and up differ in shape, dtype or device, or, for Triton, their rows are not contiguous.
     """
     if _runs_triton(gate, up, triton):
         return _on_triton(gate, up, "silu")
@@ -34,17 +34,17 @@ def _on_triton(gate: Tensor, up: Tensor, activation: reference.Activation) -> Te
         return reference.gated_mul(gate, up, activation)
     from chorus.kernels.pointwise_launch import gated_mul_op  # Triton is not everywhere
 
+    check_rows("gate", gate, gate.device)
+    check_rows("up", up, gate.device)
     out: Tensor = gated_mul_op(gate, up, activation)
     return out
 
 
 def _runs_triton(gate: Tensor, up: Tensor, triton: bool | None) -> bool:
-    if gate.dim() != 2 or gate.shape != up.shape or gate.dtype != up.dtype or not gate.is_floating_point():
-        raise ValueError(f"gate, up: want one floating shape [T, N], got {_said(gate)} and {_said(up)}")
-    check_rows("gate", gate, gate.device)
-    check_rows("up", up, gate.device)
+    if gate.dim() != 2 or gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
+        raise ValueError(f"gate, up: want one shape [T, N], got {_said(gate)} and {_said(up)}")
     return gate.device.type == "cuda" if triton is None else triton
 
 
 def _said(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)}"
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
