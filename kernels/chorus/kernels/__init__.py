@@ -3,6 +3,7 @@
 One name per operator through specification (`reference`), implementation, test and benchmark.
 """
 
+from chorus.kernels.head import HeadPlan, head
 from chorus.kernels.low_rank import LowRankPlan, low_rank, low_rank_group
 from chorus.kernels.paged_attention import AttentionPlan, paged_attention, store_kv
 from chorus.kernels.residual_norm import residual_norm
@@ -10,11 +11,14 @@ from chorus.kernels.rope_store import RopePlan, qk_norm_rope_store
 from chorus.kernels.row_ops import row_add, row_scale, row_select
 from chorus.kernels.row_plan import RowPlan
 from chorus.kernels.silu_mul import gelu_tanh_mul, silu_mul
-from chorus.kernels.types import AttentionRow, LowRankSegment, Norm, RankPool, SlotSegment
+from chorus.kernels.types import AttentionRow, HeadPool, HeadSegment, LowRankSegment, Norm, RankPool, SlotSegment
 
 __all__ = [
     "AttentionPlan",
     "AttentionRow",
+    "HeadPlan",
+    "HeadPool",
+    "HeadSegment",
     "LowRankPlan",
     "LowRankSegment",
     "Norm",
@@ -23,6 +27,7 @@ __all__ = [
     "RowPlan",
     "SlotSegment",
     "gelu_tanh_mul",
+    "head",
     "low_rank",
     "low_rank_group",
     "paged_attention",

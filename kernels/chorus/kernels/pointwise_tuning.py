@@ -1,6 +1,11 @@
-"""Tile sizes of the kernels that work row by row, as data with its evidence. None has been measured on a GPU yet."""
+"""Tile sizes of the kernels that work row by row, and of heads, as data with its evidence.
+
+None has been measured on a GPU yet.
+"""
 
 from dataclasses import dataclass
+
+import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,3 +44,35 @@ def norm_tile(width: int) -> RowTile:
     """The tile of rows of `width` columns, WIDEST_NORM at most, with its columns as few as hold them."""
     tile = next(t for t in NORMS if width <= t.columns)
     return RowTile(1 << (width - 1).bit_length(), tile.warps, tile.evidence)
+
+
+HEAD_ROWS = 16
+"""Rows of a tile of `head`, the least a matrix instruction takes. Predicted: decode-like batches have one row a head;
+per-token heads read their few label rows again, from L2."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTile:
+    """Outputs of a program and K at a time, for values of `itemsize` bytes, in a dense layer or a head."""
+
+    itemsize: int
+    dense: bool
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    evidence: str
+
+
+_FMA = "fp32 is for exactness: it runs on FMA, and larger tiles spill"
+HEAD_TILES = (
+    HeadTile(2, True, 32, 128, 4, 3, "predicted: 8 KB of weights a stage; K of 768 is 24 programs a tile"),
+    HeadTile(2, False, 16, 128, 4, 3, "predicted: most heads have under 16 labels; 4 KB of weights a stage"),
+    HeadTile(4, True, 16, 64, 4, 2, _FMA),
+    HeadTile(4, False, 16, 64, 4, 2, _FMA),
+)
+
+
+def head_tile(dtype: torch.dtype, *, dense: bool) -> HeadTile:
+    """The row of the table that fits; float16, bfloat16 and float32 have one."""
+    return next(t for t in HEAD_TILES if t.itemsize == dtype.itemsize and t.dense == dense)

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chorus.kernels.types import AttentionRow, LowRankSegment, Norm, RankPool, SlotSegment
+from chorus.kernels.types import (
+    AttentionRow,
+    HeadActivation,
+    HeadPool,
+    HeadSegment,
+    LowRankSegment,
+    Norm,
+    RankPool,
+    SlotSegment,
+)
 
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -57,6 +66,29 @@ def row_select(y: Tensor, vectors: Tensor, segments: Sequence[SlotSegment]) -> T
     for s in segments:
         y[s.start : s.end] = vectors[s.slot]
     return y
+
+
+def head(
+    x: Tensor, pool: HeadPool, segments: Sequence[HeadSegment], width: int, activation: HeadActivation = "tanh"
+) -> Tensor:
+    """Logits [T, width]: W h + b for each row of each segment, h being x[t] [K], or act(D x[t] + c) with a dense layer.
+
+    0 past a segment's own labels, and in rows of no segment.
+    """
+    logits = x.new_zeros(x.shape[0], width)
+    for s in segments:
+        states, own = x[s.start : s.end], slice(s.first, s.first + s.labels)
+        if s.dense is not None and pool.dense_weight is not None and pool.dense_bias is not None:
+            states = head_activation(states @ pool.dense_weight[s.dense].T + pool.dense_bias[s.dense], activation)
+        logits[s.start : s.end, : s.labels] = states @ pool.weight[own].T + pool.bias[own]
+    return logits
+
+
+def head_activation(x: Tensor, activation: HeadActivation) -> Tensor:
+    """gelu in its exact form."""
+    if activation == "tanh":
+        return torch.tanh(x)
+    return F.relu(x) if activation == "relu" else F.gelu(x)
 
 
 def residual_norm(residual: Tensor, x: Tensor | None, norm: Norm, segments: Sequence[SlotSegment] = ()) -> Tensor:

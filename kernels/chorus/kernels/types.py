@@ -96,3 +96,29 @@ class SlotSegment:
     start: int
     end: int
     slot: int
+
+
+HeadActivation = Literal["tanh", "relu", "gelu"]
+"""After a head's dense layer: RoBERTa's and BERT's pooler, DistilBERT's, ELECTRA's."""
+
+
+class HeadPool(NamedTuple):
+    """Heads' last layers, a row for each label of each head: weight [R, K], bias [R]; and the dense layers that some
+    have before them: dense_weight [S, K, K], [out, in] as `nn.Linear` has it, dense_bias [S, K]. A bias that a head
+    does not have is 0."""
+
+    weight: Tensor
+    bias: Tensor
+    dense_weight: Tensor | None = None
+    dense_bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSegment:
+    """Rows [start, end) of the batch use the pool's rows [first, first + labels), after dense layer `dense` if any."""
+
+    start: int
+    end: int
+    first: int
+    labels: int
+    dense: int | None = None
