@@ -88,18 +88,36 @@ def head(x: Tensor, pool: HeadPool, plan: HeadPlan, activation: HeadActivation =
 
 
 @dataclass(frozen=True, slots=True)
+class _Places:
+    """Places of a pool: a view where they are neighbours, else a gather, which for dense layers costs a second reading
+    of the weights and a writing."""
+
+    first: int
+    index: Tensor
+    neighbours: bool
+
+    @classmethod
+    def of(cls, index: Tensor) -> "_Places":
+        first = int(index[0])
+        return cls(first, index, torch.equal(index, torch.arange(first, first + len(index))))
+
+    def of_tensor(self, tensor: Tensor) -> Tensor:
+        return tensor.narrow(0, self.first, len(self.index)) if self.neighbours else tensor.index_select(0, self.index)
+
+
+@dataclass(frozen=True, slots=True)
 class _Piece:
     """Segments of one kind, with or without a dense layer: one of many rows, or all that have few."""
 
     rows: Tensor
     """[R] of x, segment by segment."""
-    labels: Tensor
+    labels: _Places
     """Rows of the pool, segment by segment: [sum of labels]."""
     columns: Tensor | None
     """[R, width], each row's columns among `labels`; None for one segment."""
     foreign: Tensor | None
     """[R, width], True past a row's own labels."""
-    dense: Tensor | None
+    dense: _Places | None
     """Its dense layers [S]."""
     places: Tensor | None
     """[R], where in a rectangle [S * longest] each row lies; None where rows fill it."""
@@ -109,7 +127,7 @@ class _Piece:
         states = x.index_select(0, self.rows)
         if self.dense is not None:
             states = self._dense(states, pool, activation)
-        out = F.linear(states, pool.weight.index_select(0, self.labels), pool.bias.index_select(0, self.labels))
+        out = F.linear(states, self.labels.of_tensor(pool.weight), self.labels.of_tensor(pool.bias))
         if self.columns is not None and self.foreign is not None:
             out = out.gather(1, self.columns).masked_fill_(self.foreign, 0)
         logits[self.rows, : out.shape[1]] = out
@@ -119,12 +137,12 @@ class _Piece:
         assert self.dense is not None
         assert pool.dense_weight is not None
         assert pool.dense_bias is not None
-        count, width = len(self.dense), states.shape[1]
+        count, width = len(self.dense.index), states.shape[1]
         side_by_side = states
         if self.places is not None:
             side_by_side = states.new_zeros(count * self.longest, width).index_copy_(0, self.places, states)
-        weight = pool.dense_weight.index_select(0, self.dense).transpose(1, 2)  # [S, K, K]
-        bias = pool.dense_bias.index_select(0, self.dense)[:, None]  # [S, 1, K]
+        weight = self.dense.of_tensor(pool.dense_weight).transpose(1, 2)  # [S, K, K]
+        bias = self.dense.of_tensor(pool.dense_bias)[:, None]  # [S, 1, K]
         out = torch.baddbmm(bias, side_by_side.view(count, self.longest, width), weight).view(-1, width)
         out = reference.head_activation(out, activation)
         return out if self.places is None else out.index_select(0, self.places)
@@ -152,7 +170,8 @@ def _piece(segments: Sequence[HeadSegment]) -> _Piece:
     dense = [s.dense for s in segments if s.dense is not None]
     if dense and int(lengths.min()) < longest:
         places = torch.cat([torch.arange(s.end - s.start) + i * longest for i, s in enumerate(segments)])
-    return _Piece(rows, labels, columns, foreign, torch.tensor(dense) if dense else None, places, longest)
+    own_dense = _Places.of(torch.tensor(dense)) if dense else None
+    return _Piece(rows, _Places.of(labels), columns, foreign, own_dense, places, longest)
 
 
 def _check(x: Tensor, pool: HeadPool, plan: HeadPlan) -> None:
