@@ -49,7 +49,8 @@ def test_the_specification_is_exact_in_float64() -> None:
 
 def test_robertas_heads_side_by_side() -> None:
     """Three tenants' heads of 2, 3 and 5 labels, a row each."""
-    heads = [RobertaClassificationHead(RobertaConfig(hidden_size=16, num_labels=n)).eval() for n in (2, 3, 5)]
+    configs = [RobertaConfig(hidden_size=16, id2label=dict(enumerate("abcde"[:n]))) for n in (2, 3, 5)]
+    heads = [RobertaClassificationHead(config).eval() for config in configs]
     pool = HeadPool(
         *(torch.cat([getattr(h.out_proj, name).detach() for h in heads]) for name in ("weight", "bias")),
         *(torch.stack([getattr(h.dense, name).detach() for h in heads]) for name in ("weight", "bias")),
@@ -64,7 +65,9 @@ def test_robertas_heads_side_by_side() -> None:
 
 
 def test_distilberts_head() -> None:
-    config = DistilBertConfig(dim=16, n_heads=2, n_layers=1, hidden_dim=16, vocab_size=20, num_labels=3)
+    config = DistilBertConfig(
+        dim=16, n_heads=2, n_layers=1, hidden_dim=16, vocab_size=20, id2label=dict(enumerate("abc"))
+    )
     model = DistilBertForSequenceClassification(config).eval()
     ids = torch.arange(8).view(2, 4)
     with torch.no_grad():
