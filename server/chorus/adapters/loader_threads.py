@@ -1,5 +1,9 @@
 """The threads that read and check adapters. They are daemons, which concurrent.futures' own pool has none of: a load
 that hangs on a slow disk must not keep the process from ending.
+
+Their torch runs on one thread each. OpenMP keeps a team for every thread that ever used one; once all teams together
+have more threads than there are cores, none of them waits awake any more, and each operator of a step pays for two
+wake-ups: 38 ms a step instead of 31 (144M Llama, 16 rows, 2 cores).
 """
 
 import threading
@@ -8,6 +12,8 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from queue import Empty, SimpleQueue
 from typing import ParamSpec, TypeVar
+
+import torch
 
 SHUTDOWN_SECONDS = 0.5
 
@@ -59,5 +65,6 @@ class LoaderThreads(Executor):
             thread.join(max(ended - time.monotonic(), 0))
 
     def _run(self) -> None:
+        torch.set_num_threads(1)
         while (task := self._tasks.get()) is not None:
             task()

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -45,7 +46,8 @@ def _serve(link: socket.socket) -> None:
     from chorus.engine.wire import Frames, Refused, frame, to_engine
 
     try:
-        engine, ready = _build(config, link)
+        with ThreadPoolExecutor(1) as builder:  # gone with its OpenMP threads, see `adapters.loader_threads`
+            engine, ready = builder.submit(_build, config, link).result()
     except ChorusError as error:
         link.sendall(frame(Refused(error.code, error.reason, error.message)))
         return
@@ -115,7 +117,7 @@ def _build(config: ServerConfig, link: socket.socket) -> tuple[Any, Any]:
             _end(0)
 
     facts = dataclasses.replace(base.facts, context_length=memory.context_length)
-    engine = EngineThread(build, Pacer(post).take, lambda error: _die(link, error))
+    engine = EngineThread(build, Pacer(post).take, lambda error: _die(link, error), threads=config.threads)
     return engine, Ready(facts, memory)
 
 

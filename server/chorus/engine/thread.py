@@ -5,6 +5,8 @@ import queue
 import threading
 from collections.abc import Callable
 
+import torch
+
 from chorus.engine.engine import Engine
 from chorus.engine.messages import Command, StepEvents
 
@@ -26,13 +28,19 @@ class EngineThread:
         make_engine: Callable[[Callable[[], None]], Engine],
         on_events: Callable[[StepEvents], None],
         on_death: Callable[[BaseException], None],
+        *,
+        threads: int | None = None,
     ) -> None:
-        """`make_engine(wake)` builds the engine; it calls `wake` from any thread when a load has ended."""
+        """`make_engine(wake)` builds the engine; it calls `wake` from any thread when a load has ended.
+
+        `threads` is how many cores a step takes; as many as torch took by now if None.
+        """
         self._inbox: queue.SimpleQueue[Command | _Wake] = queue.SimpleQueue()
         self._engine = make_engine(lambda: self._inbox.put(_Wake()))
         self._on_events = on_events
         self._on_death = on_death
         self._stopping = threading.Event()
+        self._threads = threads or torch.get_num_threads()
         self._thread = threading.Thread(target=self._loop, name="chorus-step", daemon=True)
 
     def start(self) -> None:
@@ -50,6 +58,7 @@ class EngineThread:
         self._engine.close()
 
     def _loop(self) -> None:
+        torch.set_num_threads(self._threads)  # OpenMP's number is each thread's own; a loader may have set torch's
         try:
             while not self._stopping.is_set():
                 commands = self._take()
