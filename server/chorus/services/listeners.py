@@ -33,6 +33,10 @@ def grpc_server(guard: GuardInterceptor, max_message_mb: int) -> grpc.aio.Server
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        # Calls that came and no handler has taken yet: from the first number on gRPC cancels some of them at random, by
+        # default from 1,000. A burst is ours to answer, by name.
+        ("grpc.server.max_pending_requests", 20_000),
+        ("grpc.server.max_pending_requests_hard_limit", 40_000),
     )
     return grpc.aio.server(interceptors=(guard,), options=options)
 
