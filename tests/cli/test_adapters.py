@@ -273,7 +273,9 @@ def test_how_a_digest_begins_is_enough(fake: FakeChorus, run: Run, command: tupl
     assert (request.digest if method == "SetAlias" else request.name.rpartition("/")[2]) == other
 
 
-@pytest.mark.parametrize(("begins", "says"), [("ffff", "no version"), ("ab", "'ab' is not")])
+@pytest.mark.parametrize(
+    ("begins", "says"), [("ffff", "ffff begins no digests of acme/support"), ("ab", "'ab' is not")]
+)
 def test_a_beginning_that_names_no_version_is_refused(fake: FakeChorus, run: Run, begins: str, says: str) -> None:
     both_versions(fake)
     fake.answer("Adapters.SetAlias", error_status(grpc.StatusCode.INVALID_ARGUMENT, "digest: 'ab' is not one", "X"))
@@ -290,7 +292,7 @@ def test_a_beginning_of_several_is_refused(fake: FakeChorus, run: Run) -> None:
     fake.answer("Adapters.ListVersions", adapters_pb2.ListVersionsResponse(versions=twins))
     result = run("adapters", "pin", "acme/support/versions/abcd", "--admin", fake.address)
     assert result.exit_code == 1
-    assert "2 versions of acme/support begin with abcd; `chorus adapters versions acme/support`" in result.stderr
+    assert "abcd begins 2 digests of acme/support; `chorus adapters versions acme/support`" in result.stderr
 
 
 @pytest.mark.parametrize(

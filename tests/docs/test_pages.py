@@ -76,6 +76,12 @@ def test_every_metric_is_on_its_page_and_no_other() -> None:
     assert set(re.findall(r"^\| `(chorus_\w+)`", (ROOT / "docs/operating.md").read_text(), re.M)) == names
 
 
+def test_of_every_metric_the_page_says_what_it_means_and_what_to_make_of_it() -> None:
+    rows = re.findall(r"^\| `chorus_\w+` \|(.*)\|$", (ROOT / "docs/operating.md").read_text(), re.M)
+    for row in rows:
+        assert all(cell.strip() for cell in row.split("|")), row
+
+
 def test_the_table_of_families_is_fresh() -> None:
     assert (ROOT / "docs/families.md").read_text().endswith(families.markdown())
 

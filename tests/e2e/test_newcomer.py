@@ -101,10 +101,19 @@ def test_wrong_turns_end_in_one_line_that_says_what_to_do(desk: Desk) -> None:
         desk.chorus("adapters", "push", "./my-adapter", "--tenant", "acme", "--name", "right", *admin).returncode == 0
     )
     assert "acme/right" in desk.refused("generate", "--adapter", "acme/rihgt", "--prompt", "x", *inference)
+    assert "acme/right has @live" in desk.refused(
+        "generate", "--adapter", "acme/right@liev", "--prompt", "x", *inference
+    )
+    assert "must be HOST:PORT" in desk.refused(
+        "generate", "--prompt", "x", "--server", f"http://{desk.server.inference}"
+    )
     assert "no-such-file" in desk.refused(
         "generate", "--input", "no-such-file.jsonl", "--output", "o.jsonl", *inference
     )
     port = desk.server.inference.rsplit(":", 1)[1]
     taken = desk.refused("serve", "--model", "./my-model", "--state-dir", "other", "--port", port)
     assert "--port" in taken
+    ports = ("--port", "0", "--admin-port", "0", "--metrics-port", "0")
+    greedy = desk.refused("serve", "--kv-cache-mb", "999999999", "--state-dir", "third", *ports)
+    assert re.search("--kv-cache-mb 999999999 .* MiB of this machine; grant less", greedy)
     assert "no-such-model" in desk.refused("serve", "--model", "./no-such-model", "--state-dir", "third", "--port", "0")

@@ -59,7 +59,7 @@ def test_a_hub_that_fails_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) ->
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    with pytest.raises(NotFound, match="org/model"):
+    with pytest.raises(NotFound, match=r"org/model.* give a folder's path, or a hub id that this machine can reach"):
         load_base("org/model", device="cpu", dtype="float32")
 
 
@@ -102,6 +102,9 @@ def test_folders_that_hold_no_model_are_refused(llama: Path, tmp_path: Path) -> 
     with pytest.raises(NotFound, match="no folder"):
         load_base("/no/such/folder", device="cpu", dtype="float32")
     with pytest.raises(InvalidArgument, match=r"config\.json"):
+        load_base(str(tmp_path), device="cpu", dtype="float32")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InvalidArgument, match="it is an adapter: serve its base, and push it"):
         load_base(str(tmp_path), device="cpu", dtype="float32")
     (tmp_path / "config.json").write_text((llama / "config.json").read_text())
     with pytest.raises(InvalidArgument, match="safetensors"):

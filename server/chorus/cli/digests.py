@@ -22,9 +22,9 @@ def whole_digest(client: "Client", adapter: str, digest: str) -> str:
         return digest
     found = [version.digest for version in client.versions(adapter) if version.digest.startswith(digest)]
     if len(found) != 1:
-        many = f"{len(found)} versions" if found else "no version"
         raise NotFound(
-            f"{many} of {adapter} begin with {digest}; `chorus adapters versions {adapter}` tells which there are",
+            f"{digest} begins {len(found) or 'no'} digests of {adapter}; "
+            f"`chorus adapters versions {adapter}` tells which there are",
             reason="VERSION_NOT_FOUND",
         )
     return found[0]

@@ -1,6 +1,7 @@
 """`chorus serve`: flags made from `ServerConfig`, and what is said once the server is ready."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,7 +79,9 @@ def announce(config: ServerConfig, endpoints: "Endpoints", memory: "MemoryPlan")
     """Says that the server is ready: a table for people on stderr, then one stable line on stdout for scripts."""
     from rich.console import Console
 
-    stderr = Console(stderr=True, markup=False, highlight=False, quiet=config.log_format == "json")
+    # A log file has no width: no line is folded there.
+    width = None if sys.stderr.isatty() else 1000
+    stderr = Console(stderr=True, markup=False, highlight=False, quiet=config.log_format == "json", width=width)
     stderr.print(_summary(config, endpoints, memory))
     prompt = "--token-ids 1,2,3" if config.load_format == "dummy" else '--prompt "Once upon a time"'
     # Who listens on every address is reached at one of them.

@@ -3,6 +3,7 @@
 Imports torch only to plan: the front end, too, knows what a plan is.
 """
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,10 +32,12 @@ def plan_memory(base: "Base", config: ServerConfig) -> MemoryPlan:
     """Splits the configured budgets.
 
     Raises:
-        FailedPrecondition: the KV budget does not hold a single block for two sequences.
+        FailedPrecondition: the KV budget does not hold a single block for two sequences, or both budgets together are
+            more than the machine or the device has.
     """
     from chorus.adapters.pool import rows_for_budget
 
+    _refuse_more_than_there_is(config, base.device.type)
     block_size = BLOCK_SIZE[base.device.type]
     block_bytes = 2 * base.layers * base.kv_heads * base.head_dim * block_size * base.dtype.itemsize
     blocks = config.kv_cache_mb * 2**20 // block_bytes
@@ -50,3 +53,21 @@ def plan_memory(base: "Base", config: ServerConfig) -> MemoryPlan:
         adapter_rows=rows_for_budget(base.sites, base.dtype, config.adapter_memory_mb * 2**20),
         context_length=min(base.facts.context_length, blocks * block_size),
     )
+
+
+def _refuse_more_than_there_is(config: ServerConfig, device: str) -> None:
+    granted, total = config.kv_cache_mb + config.adapter_memory_mb, _total_bytes(device) // 2**20
+    if granted > total:
+        raise FailedPrecondition(
+            f"--kv-cache-mb {config.kv_cache_mb} and --adapter-memory-mb {config.adapter_memory_mb} are more than the "
+            f"{total:,} MiB of this {'machine' if device == 'cpu' else 'device'}; grant less",
+            reason="NOT_ENOUGH_MEMORY",
+        )
+
+
+def _total_bytes(device: str) -> int:
+    if device == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import torch
+
+    return torch.cuda.mem_get_info()[1]

@@ -35,7 +35,8 @@ def base_folder(source: str | None) -> Path:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=_HUB_FILES))
     except Exception as error:  # the hub client raises a dozen unrelated types
         raise NotFound(
-            f"base model: {source!r} is no local folder, and the hub did not give it: {type(error).__name__}",
+            f"base model: {source!r} is no local folder, and the hub did not give it: {type(error).__name__}; give a "
+            "folder's path, or a hub id that this machine can reach",
             reason="MODEL_NOT_FOUND",
         ) from error
 
@@ -47,7 +48,9 @@ def read_config(folder: Path) -> Any:
         InvalidArgument: there is none, or it can not be read.
     """
     if not (folder / "config.json").is_file():
-        raise InvalidArgument(f"base model: {folder} holds no config.json", reason="BAD_MODEL")
+        adapter = (folder / "adapter_config.json").is_file()
+        hint = "; it is an adapter: serve its base, and push it with `chorus adapters push`" if adapter else ""
+        raise InvalidArgument(f"base model: {folder} holds no config.json{hint}", reason="BAD_MODEL")
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
