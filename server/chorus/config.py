@@ -51,6 +51,12 @@ class ServerConfig(BaseModel):
     max_step_tokens: int = Field(
         default=512, ge=16, le=65536, description="Tokens of one step, at most; longer prompts split."
     )
+    target_step_ms: float | None = Field(
+        default=None,
+        gt=0,
+        le=60000,
+        description="A step with streams under way takes about this long, ms: prompts split further.",
+    )
     prefix_cache: Literal["tenant", "request"] = Field(
         default="tenant", description="Who finds a prompt's keys and values again; request: its own outputs alone."
     )

@@ -60,6 +60,7 @@ def test_every_field_is_a_flag(server: Callable[[Serve], None], run: Run) -> Non
         "max_rows": 7,
         "threads": 8,
         "max_step_tokens": 18,
+        "target_step_ms": 25.0,
         "prefix_cache": "request",
         "max_queue": 9,
         "max_message_mb": 10,

@@ -49,6 +49,7 @@ def make_engine(
     max_rows: int = 16,
     max_step_tokens: int = 24,
     prefix_cache: bool = True,
+    target_step_s: float | None = None,
     device: str = "cpu",
     wake: Callable[[], None] = lambda: None,
 ) -> Engine:
@@ -64,6 +65,7 @@ def make_engine(
         max_step_tokens=max_step_tokens,
         max_queue=256,
         prefix_cache=prefix_cache,
+        target_step_s=target_step_s,
         on_ready=wake,
     )
 

@@ -52,6 +52,7 @@ class Engine:
         max_step_tokens: int,
         max_queue: int,
         prefix_cache: bool = True,
+        target_step_s: float | None = None,
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self._eos = base.facts.eos_token_ids
@@ -70,6 +71,7 @@ class Engine:
             max_queue=max_queue,
             short_length=base.longrope.boundary if base.longrope else None,
             prefix_cache=prefix_cache,
+            target_step_s=target_step_s,
         )
         self._runner = Runner(base, pool, kv_blocks=memory.kv_blocks, block_size=memory.block_size)
         self._counted = (0, 0, 0)  # evictions, hits and evicted pages that earlier steps have reported
@@ -100,7 +102,9 @@ class Engine:
             if seq.adapter:
                 self.residency.count_start(seq.adapter.digest, waited=seq.adapter_wait > 0)
         slots = schedule.slots()
+        ready = time.monotonic()
         told = self._run(schedule) if schedule.chunks else []
+        self.scheduler.cost.observe(schedule.work(), time.monotonic() - ready)
         stats = self._stats(schedule, slots, told, began)
         return m.StepEvents((*events, *told), stats, ran=bool(schedule.chunks))
 

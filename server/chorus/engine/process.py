@@ -106,6 +106,7 @@ def _build(config: ServerConfig, link: socket.socket) -> tuple[Any, Any]:
             max_rows=config.max_rows,
             max_step_tokens=config.max_step_tokens,
             max_queue=config.max_queue,
+            target_step_s=None if config.target_step_ms is None else config.target_step_ms / 1e3,
             prefix_cache=config.prefix_cache == "tenant",
             on_ready=wake,
         )

@@ -21,6 +21,8 @@ class Requests:
         self._started: set[int] = set()
         self._deadlines = SortedSequences(lambda seq: (seq.deadline or 0.0, seq.ticket))
         self._tickets = 0
+        self.prompt_tokens = 0
+        """Of all their prompts together, computed or not."""
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -40,12 +42,14 @@ class Requests:
         for seq in outputs:
             seq.ticket = self._tickets = self._tickets + 1
             self._sequences[seq.key] = seq
+            self.prompt_tokens += len(seq.prompt)
             self._outputs.setdefault(seq.request_id, []).append(seq)
             if seq.deadline is not None:
                 self._deadlines.add(seq)
 
     def remove(self, seq: Sequence) -> None:
         del self._sequences[seq.key]
+        self.prompt_tokens -= len(seq.prompt)
         siblings = self._outputs[seq.request_id]
         siblings.remove(seq)
         if not siblings:
@@ -75,6 +79,8 @@ class Requests:
         listed = [seq for outputs in self._outputs.values() for seq in outputs]
         if {seq.key: seq for seq in listed} != self._sequences or len(listed) != len(self._sequences):
             raise RuntimeError("a sequence is lost, or in two requests")
+        if self.prompt_tokens != sum(len(seq.prompt) for seq in listed):
+            raise RuntimeError(f"{self.prompt_tokens} tokens of prompts are counted, and there are others")
         if not self._started <= self._outputs.keys() or any(
             seq.started and seq.request_id not in self._started for seq in listed
         ):

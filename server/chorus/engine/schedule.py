@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from chorus.engine.messages import FinishReason
 from chorus.engine.sequence import NO_SLOT, Sequence
+from chorus.engine.step_cost import StepBound, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,13 @@ class Schedule(NamedTuple):
         """The adapters' slots that the step's sequences have while they run."""
         return {chunk.seq.slot for chunk in self.chunks} - {NO_SLOT}
 
+    def work(self) -> Work:
+        """What the step computes."""
+        work = Work()
+        for chunk in self.chunks:
+            work = work.plus(chunk.start, chunk.count)
+        return work
+
 
 class Sampled(NamedTuple):
     """A sequence that got a token, the last of its output, and why it ended with it if it did.
@@ -44,17 +52,32 @@ class Sampled(NamedTuple):
 
 
 class Plan:
-    """The step being laid out, and the tokens that it may still take."""
+    """The step being laid out, and the tokens that it may still take.
 
-    def __init__(self, budget: int) -> None:
+    Where a `bound` is given, prompts take no more than it allows beside decodes; without decodes they take it all.
+    """
+
+    def __init__(self, budget: int, bound: StepBound | None = None) -> None:
         self.budget = budget
         self.chunks: list[Chunk] = []
         self.preempted: list[Sequence] = []
         self.started: list[Sequence] = []
+        self._bound = bound
+        self._work = Work()
+        self._decodes = self._prompts = 0
 
     def compute(self, seq: Sequence) -> None:
         """Gives a sequence as much of what it needs as there is left."""
+        is_decode = seq.remaining == 1
+        bound = self._bound if self._decodes and not is_decode else None
         count = min(seq.remaining, self.budget)
+        if bound:
+            count = min(count, bound.chunk(self._work, seq.computed, first=not self._prompts))
         samples = count == seq.remaining and seq.sampling.max_tokens > 0
         self.chunks.append(Chunk(seq, seq.computed, count, samples))
         self.budget -= count
+        self._work = self._work.plus(seq.computed, count)
+        self._decodes += is_decode
+        self._prompts += not is_decode
+        if bound and (count < seq.remaining or bound.is_full(self._work)):
+            self.budget = 0

@@ -26,18 +26,19 @@ step: it ends that, or is preempted or removed, and then the others have their o
 
 from bisect import insort
 from collections.abc import Iterable, Mapping
+from math import inf
 from typing import Protocol
 
+from chorus.engine.intake import Limits, can_be_met, check_deadline, tokens_to_compute
 from chorus.engine.kv_cache import BlockPool
 from chorus.engine.messages import AdapterRef, FinishReason
 from chorus.engine.page_keys import PageKeys
 from chorus.engine.requests import Requests
 from chorus.engine.schedule import Chunk, Plan, Sampled, Schedule
 from chorus.engine.sequence import NO_SLOT, Key, Sequence
-from chorus.engine.waiting import WaitingQueue, rank
-from chorus.errors import FailedPrecondition, InvalidArgument, ResourceExhausted
-
-QUEUE_RETRY_S = 1.0
+from chorus.engine.step_cost import StepBound, StepCost
+from chorus.engine.waiting import Key as Rank
+from chorus.engine.waiting import WaitingGroup, WaitingQueue, rank
 
 
 class AdapterGate(Protocol):
@@ -56,8 +57,8 @@ class AdapterGate(Protocol):
 class Scheduler:
     """Decides every step's work. `schedule` and `advance` alternate; everything else may come between any two calls.
 
-    Who runs takes a token in each step, and nobody is admitted to a step whose tokens are taken: so a step always has a
-    token for each decode, and at most one prefill is under way at its end.
+    No more run than a step has tokens, so there is one for each decode. Nobody is admitted to a step whose tokens are
+    taken: so of each priority at most one prefill is under way at its end. A more important one goes before it.
     """
 
     def __init__(
@@ -72,18 +73,20 @@ class Scheduler:
         max_queue: int,
         short_length: int | None = None,
         prefix_cache: bool = True,
+        target_step_s: float | None = None,
     ) -> None:
         if min(max_rows, max_step_tokens) < 1:
             raise ValueError(f"a step needs rows and tokens: max_rows={max_rows}, max_step_tokens={max_step_tokens}")
         self._pool = pool
         self._gate = gate
-        self._max_rows = max_rows
+        self._max_rows = min(max_rows, max_step_tokens)
         self._max_step_tokens = max_step_tokens
-        self._context_length = context_length
+        self._limits = Limits(context_length, pool.capacity, max_queue)
         self._eos_token_ids = eos_token_ids
-        self._max_queue = max_queue
         self._short_length = short_length
         self._keys = PageKeys(pool.block_size, across_requests=prefix_cache, short_length=short_length)
+        self.cost = StepCost()
+        self._bound = StepBound(self.cost, target_step_s, pool.block_size) if target_step_s is not None else None
         self._now = 0.0
         self._requests = Requests()
         self._running: dict[Key, Sequence] = {}  # in the order of admission
@@ -108,14 +111,17 @@ class Scheduler:
         Raises:
             InvalidArgument: the prompt leaves no room in the context for what is asked.
             FailedPrecondition: the whole KV cache is too small for the prompt, or the whole queue for the outputs.
-            ResourceExhausted: the queue has too little room left.
+            ResourceExhausted: the queue has too little room left, or too many are ahead for the deadline.
+            DeadlineExceeded: the prompt alone takes longer than the deadline allows.
         """
         first = outputs[0]
-        longest = self._check_length(len(first.prompt), first.sampling.max_tokens)
-        self._check_room(len(outputs))
+        self._limits.check_prompt(len(first.prompt), first.sampling.max_tokens)
+        self._limits.check_room(self.waiting, len(outputs))
+        if first.deadline is not None and first.deadline > now:
+            self._check_deadline(first, first.deadline, now)
         self._requests.add(outputs)
         for seq in outputs:
-            seq.max_length = min(len(seq.prompt) + seq.sampling.max_tokens, longest)
+            seq.max_length = min(len(seq.prompt) + seq.sampling.max_tokens, self._limits.longest)
             self._waiting.push(seq, now)
 
     def abort(self, request_id: int, index: int | None = None) -> list[Sequence]:
@@ -145,19 +151,20 @@ class Scheduler:
         return self.discard([seq.request_id for seq in self._waiting.of_adapter(digest)])
 
     def schedule(self, now: float) -> Schedule:
-        """Lays out the next step: decodes, then prefills under way, then whom the queue can send."""
+        """Lays out the next step: decodes; then by priority prefills under way, and whom the queue can send."""
         self._now = now
         expired = self.discard(self._requests.expired(now))
-        plan = Plan(self._max_step_tokens)
+        plan = Plan(self._max_step_tokens, self._bound)
         # Most important first, most recently admitted last.
         running = sorted(self._running.values(), key=lambda seq: seq.priority)
         prefills = [seq for seq in running if seq.remaining > 1]
         self._plan_decodes(running, plan, now)
+        heads = [] if plan.preempted else self._heads(now)
         for seq in prefills:
-            if seq.key in self._running:
+            self._admit(plan, heads, now, before=seq.priority)
+            if plan.budget and seq.key in self._running:
                 plan.compute(seq)
-        if not plan.preempted:
-            self._admit(plan, now)
+        self._admit(plan, heads, now)
         return Schedule(tuple(plan.chunks), tuple(plan.preempted), tuple(plan.started), tuple(expired))
 
     def advance(self, schedule: Schedule, tokens: Mapping[Key, int]) -> list[Sampled]:
@@ -203,28 +210,17 @@ class Scheduler:
         self._requests.check_integrity()
         self._pool.check_integrity(running)
 
-    def _check_length(self, prompt: int, max_tokens: int) -> int:
-        """The longest that a sequence may become; raises if the prompt leaves no room for a token that is asked for."""
-        longest = min(self._context_length, self._pool.capacity)
-        limit = longest - min(max_tokens, 1)
-        if prompt <= limit:
-            return longest
-        message = f"the prompt has {prompt} tokens, the limit is {limit}"
-        if prompt > self._context_length - min(max_tokens, 1):
-            raise InvalidArgument(message, field="prompt")
-        raise FailedPrecondition(f"{message}: the KV cache is no larger", reason="KV_CACHE_TOO_SMALL")
+    def _check_deadline(self, first: Sequence, deadline: float, now: float) -> None:
+        """Raises if its first token would come too late, behind prompts under way and those with an earlier turn.
 
-    def _check_room(self, outputs: int) -> None:
-        """Raises if the queue does not take so many more sequences."""
-        if outputs > self._max_queue:
-            message = f"{outputs} outputs do not fit into the queue, which holds {self._max_queue}; ask for fewer"
-            raise FailedPrecondition(message, reason="QUEUE_TOO_SMALL")
-        if self.waiting + outputs > self._max_queue:
-            message = (
-                f"the queue holds {self._max_queue} and {self.waiting} are waiting: no room for {outputs} more; "
-                "try again later, or another server"
-            )
-            raise ResourceExhausted(message, reason="QUEUE_FULL", retry_after_s=QUEUE_RETRY_S)
+        The queue is only looked at where all prompts that are here would take longer.
+        """
+        if can_be_met(deadline - now, self.cost, self._requests.prompt_tokens + first.length):
+            return
+        prefills = (seq for seq in self._running.values() if seq.remaining > 1)
+        ahead = [seq for seq in (*prefills, *self._waiting.ready()) if seq.priority <= first.priority]
+        tokens = [tokens_to_compute(seqs, self._keys, self._pool) for seqs in ([first], [*ahead, first])]
+        check_deadline(deadline - now, self.cost, ahead=tokens[1] - tokens[0], own=tokens[0])
 
     def _plan_decodes(self, running: list[Sequence], plan: Plan, now: float) -> None:
         """Gives each decode its token, and a block where it needs one, at the cost of the end of `running`.
@@ -245,19 +241,21 @@ class Scheduler:
             else:
                 plan.compute(seq)
 
-    def _admit(self, plan: Plan, now: float) -> None:
-        """Starts waiting sequences in order, until one does not fit.
-
-        Passes over those whose adapter is missing, and sets aside those whose sibling computes their prompt.
-        """
+    def _heads(self, now: float) -> list[tuple[Rank, WaitingGroup]]:
+        """The queue's groups in order, after those aside are back whose sibling does not compute any more."""
         for seq in self._waiting.aside():
             if not self._sibling_computes(seq):
                 self._waiting.recall(seq.request_id, now)
-        heads = self._waiting.heads()
-        turn = 0
-        while turn < len(heads) and plan.budget and len(self._running) < self._max_rows:
-            group = heads[turn][1]
-            turn += 1
+        return self._waiting.heads()
+
+    def _admit(self, plan: Plan, heads: list[tuple[Rank, WaitingGroup]], now: float, before: float = inf) -> None:
+        """Starts waiting sequences of a priority before the given one in order, until one does not fit.
+
+        Passes over those whose adapter is missing, and sets aside those whose sibling computes their prompt. Takes from
+        `heads` whom it has looked at, all of them if one does not fit.
+        """
+        while heads and heads[0][0][0] < before and plan.budget and len(self._running) < self._max_rows:
+            group = heads.pop(0)[1]
             seq = group.queue.first
             slot = self._gate.acquire(seq.adapter) if seq.adapter else NO_SLOT
             group.set_missing(slot is None, now)
@@ -270,9 +268,10 @@ class Scheduler:
                 self._start(seq, slot, plan)
             else:
                 self._release(seq)
+                heads.clear()
                 break
             if group.queue:
-                insort(heads, (rank(group.queue.first), group), lo=turn)
+                insort(heads, (rank(group.queue.first), group))
 
     def _sibling_computes(self, seq: Sequence) -> bool:
         """Whether an output of the same request runs that has not computed all the pages yet that they can share."""

@@ -128,6 +128,12 @@ class WaitingQueue:
         """The groups in the order of their first sequences, with its rank."""
         return sorted((rank(group.queue.first), group) for group in self._groups.values())
 
+    def ready(self) -> Iterator[Sequence]:
+        """Those that only room keeps waiting: their adapter was there when last in turn, and no sibling computes."""
+        for group in self._groups.values():
+            if not group.missing:
+                yield from group.queue
+
     def check_integrity(self) -> list[Sequence]:
         """Returns all waiting sequences; RuntimeError if one is out of order, in the wrong group, or a group empty."""
         for digest, group in self._groups.items():
