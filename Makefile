@@ -49,6 +49,7 @@ gpu:
 	@$(PYTHON) benchmarks/require.py torch transformers peft safetensors pydantic yaml pytest hypothesis psutil
 	$(PYTHON) -m pytest -m gpu -p no:asyncio -o asyncio_mode= -o asyncio_default_fixture_loop_scope= -W ignore::pytest.PytestConfigWarning
 	$(PYTHON) benchmarks/kernels.py --device cuda --json
+	$(PYTHON) benchmarks/pointwise.py --device cuda --json
 	$(PYTHON) benchmarks/engine.py --device cuda --json
 
 setup: $(VENV)/.dev

@@ -90,3 +90,20 @@ def test_the_debug_switch_compiles_the_assertions_in(monkeypatch: pytest.MonkeyP
     assert "a page lies outside of the pool" not in plain
     assert "__assertfail" not in plain
     assert "__assertfail" in debug
+
+
+@pytest.mark.parametrize(
+    ("kernel", "module"),
+    [
+        ("update_rows", "pointwise_cases"),
+        ("residual_norm", "pointwise_cases"),
+        ("qk_norm_rope_store", "pointwise_cases"),
+        ("segment_linear", "head_cases"),
+    ],
+)
+def test_kernels_that_read_tables_or_slots_assert_that_they_lie_inside(kernel: str, module: str) -> None:
+    cases = cases_of(f"chorus.kernels.{module}", "sm90")
+    case = next(c for c in cases if c.name == kernel and c.constants.get("HAS_POOL", True))
+    plain, debug = (build(case, BY_ARCH["sm90"], debug=value).asm["ptx"] for value in (False, True))
+    assert "__assertfail" not in plain
+    assert "__assertfail" in debug

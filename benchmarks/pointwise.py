@@ -1,0 +1,201 @@
+"""What lies between a layer's linears, operator by operator, beside transformers' own modules on the same inputs.
+
+    python benchmarks/pointwise.py [--device cpu] [--json]
+
+Prints the ceiling first, then per operator its time, the floor (bytes that have to move, at the measured copy
+bandwidth), and each contestant's time over ours. Contestants take turns; a turn is CALLS calls on the same inputs,
+which stay in the caches, as a layer's do. With --json one JSON line comes last; a row goes to results/pointwise.jsonl.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from chorus.kernels import (
+    HeadPlan,
+    HeadPool,
+    HeadSegment,
+    Norm,
+    RopePlan,
+    RowPlan,
+    SlotSegment,
+    gelu_tanh_mul,
+    head,
+    qk_norm_rope_store,
+    residual_norm,
+    row_scale,
+    silu_mul,
+    store_kv,
+)
+from common import Others, copy_bandwidth, record, wait_until_quiet
+
+ROUNDS, CALLS = 25, 60
+EPS = 1e-6
+# Rows, hidden, feed-forward, query heads, key heads, head size: the 144M shape of `workload.md`, and Llama-3-8B.
+SHAPES = {"cpu": (16, 1024, 2816, 16, 4, 64), "cuda": (64, 4096, 14336, 32, 8, 128)}
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """An operator's contestants, and the bytes that any of them has to move."""
+
+    name: str
+    bytes: int
+    contestants: dict[str, Work]
+
+
+def cases(device: str) -> Iterator[Case]:
+    rows, hidden, wide, *_ = SHAPES[device]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).bfloat16()
+
+    x, residual, vectors = draw(rows, hidden), draw(rows, hidden), draw(rows, hidden)
+    plan = RowPlan([SlotSegment(i, i + 1, i) for i in range(rows)], rows, torch.device(device))
+    yield from norm_cases(x, residual, vectors, plan)
+    gate, up = draw(rows, 2 * wide).chunk(2, dim=-1)
+    eager: tuple[Work, Work] = (lambda: F.silu(gate) * up, lambda: F.gelu(gate, approximate="tanh") * up)
+    yield Case("silu_mul", 3 * gate.numel() * 2, {"chorus": lambda: silu_mul(gate, up), "transformers": eager[0]})
+    yield Case(
+        "gelu_tanh_mul", 3 * gate.numel() * 2, {"chorus": lambda: gelu_tanh_mul(gate, up), "transformers": eager[1]}
+    )
+    yield from rope_cases(device)
+    scaled, ones = draw(rows, hidden), torch.ones(rows, hidden, dtype=torch.bfloat16, device=device)
+
+    def loop() -> None:
+        for i in range(rows):
+            scaled[i].mul_(ones[i])
+
+    yield Case("row_scale", 3 * x.nbytes, {"chorus": lambda: row_scale(scaled, ones, plan), "loop over adapters": loop})
+    yield head_case(device)
+
+
+def norm_cases(x: Tensor, residual: Tensor, vectors: Tensor, plan: RowPlan) -> Iterator[Case]:
+    """Contestants norm a sum; ours is in place, transformers' a new tensor."""
+    hidden = x.shape[1]
+    llama, gemma, layer = (
+        LlamaRMSNorm(hidden, EPS).to(x),
+        Gemma3RMSNorm(hidden, EPS).to(x),
+        nn.LayerNorm(hidden, EPS).to(x),
+    )
+    small = x / 1e6
+
+    def eager(module: nn.Module) -> object:
+        return module(residual + small)
+
+    rms = Norm("rms", llama.weight.detach(), EPS)
+    own = Norm("rms", llama.weight.detach(), EPS, None, vectors)
+    plus_one = Norm("rms_plus_one", gemma.weight.detach(), EPS)
+    centred = Norm("layer", layer.weight.detach(), EPS, layer.bias.detach())
+    for name, norm, module in (("rms", rms, llama), ("rms_plus_one", plus_one, gemma), ("layer", centred, layer)):
+        ours: dict[str, Work] = {"chorus": partial(residual_norm, residual, small, norm)}
+        yield Case(f"residual_norm {name}", 4 * x.nbytes, ours | {"transformers": partial(eager, module)})
+    own_vectors: dict[str, Work] = {"chorus": lambda: residual_norm(residual, small, own, plan)}
+    yield Case("residual_norm rms, each row its own", 5 * x.nbytes, own_vectors)
+
+
+def rope_cases(device: str) -> Iterator[Case]:
+    rows, _, _, heads, kv_heads, dim = SHAPES[device]
+    qkv = torch.randn(rows, heads + 2 * kv_heads, dim, device=device).bfloat16()
+    angle = torch.rand(rows, dim // 2, device=device)
+    cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
+    both = [torch.cat((t, t), dim=-1)[None] for t in (cos, sin)]
+    k_cache, v_cache = (qkv.new_zeros(200, kv_heads, 32, dim) for _ in range(2))
+    slots = torch.randperm(6400, device=device)[:rows]
+    plan = RopePlan(cos, sin, slots)
+    modules = [LlamaRMSNorm(dim, EPS).to(qkv) for _ in range(2)]
+    norms = dict(zip(("q_norm", "k_norm"), (Norm("rms", m.weight.detach(), EPS) for m in modules), strict=True))
+
+    def eager(normed: bool) -> Tensor:
+        query, key, value = (t.transpose(0, 1)[None] for t in qkv.split((heads, kv_heads, kv_heads), dim=1))
+        if normed:
+            query, key = modules[0](query), modules[1](key)
+        query, key = apply_rotary_pos_emb(query, key, *both)
+        store_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), k_cache, v_cache, slots)
+        turned: Tensor = query[0].transpose(0, 1).contiguous()
+        return turned
+
+    for name, given in (("rope_store", {}), ("qk_norm_rope_store", norms)):
+        ours = partial(qk_norm_rope_store, qkv, k_cache, v_cache, plan, **given)
+        yield Case(name, 2 * qkv.nbytes, {"chorus": ours, "transformers and store_kv": partial(eager, bool(given))})
+
+
+def head_case(device: str) -> Case:
+    """A two-layer head of 5 labels for each of 16 rows."""
+    rows, width, labels = 16, 768, 5
+    weight, bias, dense, dense_bias = (
+        torch.randn(*shape, device=device).bfloat16()
+        for shape in ((rows * labels, width), (rows * labels,), (rows, width, width), (rows, width))
+    )
+    pool, x = HeadPool(weight, bias, dense, dense_bias), torch.randn(rows, width, device=device).bfloat16()
+    segments = [HeadSegment(i, i + 1, i * labels, labels, i) for i in range(rows)]
+    plan = HeadPlan(segments, rows, torch.device(device))
+
+    def loop() -> None:
+        for i in range(rows):
+            state = torch.tanh(F.linear(x[i : i + 1], dense[i], dense_bias[i]))
+            own = slice(i * labels, (i + 1) * labels)
+            F.linear(state, weight[own], bias[own])
+
+    return Case("head", dense.nbytes + weight.nbytes, {"chorus": lambda: head(x, pool, plan), "loop over heads": loop})
+
+
+def take_turns(contestants: dict[str, Work], device: str) -> dict[str, float]:
+    """Median microseconds of a call of each."""
+    taken: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(ROUNDS + 2):
+        for name, work in contestants.items():
+            began = time.perf_counter()
+            for _ in range(CALLS):
+                work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 2:
+                taken[name].append((time.perf_counter() - began) / CALLS * 1e6)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def measure(device: str) -> dict[str, Any]:
+    copy = copy_bandwidth(device)
+    print(f"copy {copy / 1e9:.1f} GB/s", file=sys.stderr)
+    row: dict[str, Any] = {"device": device, "threads": torch.get_num_threads(), "copy_gb_s": copy / 1e9, "us": {}}
+    for case in cases(device):
+        taken, floor = take_turns(case.contestants, device), case.bytes / copy * 1e6
+        ours = taken["chorus"]
+        row["us"][case.name] = {**taken, "floor": floor}
+        for name, us in taken.items():
+            print(f"{case.name:36} {name:26} {us:8.1f} us   x{us / ours:5.2f}   floor {floor:6.2f} us", file=sys.stderr)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=tuple(SHAPES), default="cpu")
+    parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    arguments = parser.parse_args()
+    wait_until_quiet()
+    others = Others()
+    with torch.inference_mode():
+        row = measure(arguments.device)
+    row["others_busy_cores"] = others.refuse()
+    record("pointwise", row)
+    if arguments.json:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
