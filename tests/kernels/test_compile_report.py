@@ -2,6 +2,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import triton
@@ -70,6 +71,18 @@ def test_a_failure_is_counted_and_is_the_exit_code(
     printed = capsys.readouterr().out.splitlines()
     assert "FAILED: spills 8" in printed[-2]
     assert printed[-1] == '{"kernels": 1, "configs": 2, "spilled": 1, "failed": 1}'
+
+
+def test_the_stored_table_has_the_worst_of_each_kernel_on_each_target(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rows = [Compiled("k", "c", "sm90", 40, 64, 0, "", ""), Compiled("k", "d", "sm90", 32, 96, 0, "", "")]
+    monkeypatch.setattr("chorus.kernels.compile_report.compile_all", lambda: [*rows, rows[0]._replace(arch="hip")])
+    assert main(["--store", str(tmp_path / "table.md")]) == 0
+    assert (tmp_path / "table.md").read_text().splitlines()[-2:] == [
+        "| k | hip | 1 | 40 | 64 | 0 | 0 |",
+        "| k | sm90 | 2 | 40 | 96 | 0 | 0 |",
+    ]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -11,11 +11,23 @@ from chorus.kernels.rope_store import RopePlan, qk_norm_rope_store
 from chorus.kernels.row_ops import row_add, row_scale, row_select
 from chorus.kernels.row_plan import RowPlan
 from chorus.kernels.silu_mul import gelu_tanh_mul, silu_mul
-from chorus.kernels.types import AttentionRow, HeadPool, HeadSegment, LowRankSegment, Norm, RankPool, SlotSegment
+from chorus.kernels.types import (
+    Activation,
+    AttentionRow,
+    Epilogue,
+    HeadPool,
+    HeadSegment,
+    LowRankSegment,
+    Norm,
+    RankPool,
+    SlotSegment,
+)
 
 __all__ = [
+    "Activation",
     "AttentionPlan",
     "AttentionRow",
+    "Epilogue",
     "HeadPlan",
     "HeadPool",
     "HeadSegment",

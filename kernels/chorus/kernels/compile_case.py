@@ -38,5 +38,7 @@ class CompileCase:
         """Types, constants and launch options in one line."""
         types = sorted({t for t in self.signature.values() if t.startswith("*")} - {"*i32", "*fp32"})
         sizes = [name for name, kind in self.signature.items() if kind == "i32" and name in self.aligned]
-        constants = [f"{name.removeprefix('BLOCK_')}={value}" for name, value in self.constants.items()]
+        constants = [
+            f"{name.removeprefix('BLOCK_')}={value}" for name, value in self.constants.items() if value is not None
+        ]
         return " ".join([*types, *constants, f"warps={self.warps}", f"stages={self.stages}", "16|" + ",".join(sizes)])

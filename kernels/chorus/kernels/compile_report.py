@@ -1,6 +1,6 @@
 """Compiles every kernel in every tuned configuration for GPUs that need not be here, and refuses the bad ones.
 
-    python -m chorus.kernels.compile_report [--json]
+    python -m chorus.kernels.compile_report [--json] [--store FILE]
 
 Bad is: registers spilled, more shared memory than the target has, a `tl.dot` that did not become a matrix instruction,
 or no code at all. Registers and spills are read from the cubin's resource usage, or HIP's metadata.
@@ -124,9 +124,25 @@ def summary(rows: Iterable[Compiled]) -> dict[str, int]:
     }
 
 
+def stored_table(rows: Iterable[Compiled]) -> str:
+    """A Markdown table: for each kernel and target the most that any of its configurations takes."""
+    of: dict[tuple[str, str], list[Compiled]] = {}
+    for row in rows:
+        of.setdefault((row.kernel, row.arch), []).append(row)
+    lines = [
+        f"| {kernel} | {arch} | {len(own)} | {max(r.registers for r in own)} | {max(r.shared for r in own)} "
+        f"| {max(r.spilled for r in own)} | {sum(bool(r.failure) for r in own)} |"
+        for (kernel, arch), own in sorted(of.items())
+    ]
+    by = f"Written by `python -m chorus.kernels.compile_report --store FILE`, Triton {triton.__version__}."
+    columns = "| kernel | target | configurations | registers | shared bytes | spilled | failed |"
+    return "\n".join([by, "", columns, "|---" * 7 + "|", *lines, ""])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m chorus.kernels.compile_report", description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="one JSON line of counts last")
+    parser.add_argument("--store", metavar="FILE", type=Path, help="write the worst of each kernel on each target")
     options = parser.parse_args(arguments)
     rows = compile_all()
     print(f"{'kernel':14} {'target':6} {'regs':>4} {'shared':>7} {'spilled':>7}  {'matrix':16} configuration")
@@ -134,6 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = f"{row.kernel:14} {row.arch:6} {row.registers:4} {row.shared:7} {row.spilled:7}  {row.matrix:16}"
         print(line, row.configuration, f"  FAILED: {row.failure}" if row.failure else "")
     counts = summary(rows)
+    if options.store is not None:
+        options.store.write_text(stored_table(rows))
     if options.json:
         print(json.dumps(counts))
     return 1 if counts["failed"] or not rows else 0

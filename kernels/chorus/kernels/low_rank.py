@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from chorus.kernels import reference
-from chorus.kernels.low_rank_cpu import cut
+from chorus.kernels.low_rank_checks import check, check_epilogue, check_for_triton, needs_of
+from chorus.kernels.low_rank_cpu import VectorRows, cut
 from chorus.kernels.low_rank_tables import Capacity, LowRankTables
-from chorus.kernels.types import LowRankSegment, RankPool
+from chorus.kernels.types import Epilogue, LowRankSegment, RankPool
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -40,8 +41,11 @@ class LowRankPlan:
         capacity: Capacity | None = None,
     ) -> None:
         runs_triton = device.type == "cuda" if triton is None else triton
+        on_cpu = device.type == "cpu" and not runs_triton
+        self.device = device
         self._set(segments)
-        self.pieces = cut(self.segments) if device.type == "cpu" and not runs_triton else ()
+        self.pieces = cut(self.segments) if on_cpu else ()
+        self.vector_rows = VectorRows.of(self.segments) if on_cpu else None
         self.tables = LowRankTables(self.segments, device, capacity) if runs_triton else None
 
     def rewrite(self, segments: Sequence[LowRankSegment]) -> None:
@@ -53,31 +57,47 @@ class LowRankPlan:
 
     def _set(self, segments: Sequence[LowRankSegment]) -> None:
         self.segments = tuple(segments)
-        self.pool_rows = _check_segments(self.segments)
+        self.needs = needs_of(self.segments)
 
 
-def low_rank(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> Tensor:
-    """y[t] += (mid_scale * (x[t] A^T)) B for each row t of each segment; see `reference.low_rank`.
+def low_rank(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan, epilogue: Epilogue | None = None) -> Tensor:
+    """y[t] += act(mid_scale * (x[t] A^T) + mid_bias) B for each row of each segment, and what an epilogue's vectors do.
+
+    The specification is `reference.low_rank`.
 
     x [T, K], contiguous; y [T, N], changed in place and returned, may be a slice of columns of a wider tensor: its rows
     are contiguous and lie apart. x may be token ids [T], int64, instead.
-    Gradients flow into y, x, a and b (`low_rank_backward`), not for token ids.
+    Gradients flow into y, x, a and b (`low_rank_backward`), not for token ids, activations or an epilogue.
 
     Raises:
-        ValueError: x, y and pool do not fit each other or the plan.
+        ValueError: x, y, pool and epilogue do not fit each other or the plan.
     """
-    _check(y, x, pool, plan)
+    check(y, x, pool, plan.needs)
+    if epilogue is not None or plan.needs.vectors:
+        check_epilogue(y, pool, plan.needs, epilogue)
     runs_triton = plan.tables is not None and x.dim() == 2 and y.dtype in TRITON_DTYPES
     if runs_triton:
-        _check_for_triton(y, x, pool, plan)
+        check_for_triton(x, pool, epilogue, plan.device)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *pool)):
-        return _with_gradient(y, x, pool, plan, runs_triton)
+        return _with_gradient(y, x, pool, plan, runs_triton, epilogue)
     if runs_triton:
-        return _on_triton(y, x, pool, plan)
+        return _on_triton(y, x, pool, plan, epilogue)
     if y.device.type != "cpu" or plan.tables is not None:
-        return reference.low_rank(y, x, pool, plan.segments)
+        return reference.low_rank(y, x, pool, plan.segments, epilogue)
+    return _on_cpu(y, x, pool, plan, epilogue)
+
+
+def _on_cpu(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan, epilogue: Epilogue | None) -> Tensor:
+    if epilogue is None:
+        for piece in plan.pieces:
+            piece.add(y, x, pool, None)
+        return y
+    rows = plan.vector_rows
+    delta = y if rows is None else torch.zeros_like(y, memory_format=torch.contiguous_format)
     for piece in plan.pieces:
-        piece.add(y, x, pool)
+        piece.add(delta, x, pool, epilogue.mid_bias)
+    if rows is not None:
+        rows.finish(y, delta, epilogue)
     return y
 
 
@@ -86,8 +106,10 @@ def low_rank_group(
 ) -> None:
     """`low_rank` at sites that read the same x (q, k, v; gate, up): ys[i] [T, N_i], in place. None: nothing to add.
 
+    What has an epilogue is a call of `low_rank`.
+
     Raises:
-        ValueError: as `low_rank`, or the sequences differ in length.
+        ValueError: as `low_rank`, or the sequences differ in length, or, for Triton, pools in rows.
     """
     if not len(ys) == len(pools) == len(plans):
         raise ValueError(f"ys, pools, plans: want as many of each, got {len(ys)}, {len(pools)} and {len(plans)}")
@@ -111,8 +133,10 @@ def _group_on_triton(x: Tensor, members: Sequence[tuple[Tensor, RankPool, LowRan
     from chorus.kernels.low_rank_launch import low_rank_group_op  # Triton is not everywhere
 
     for y, pool, plan in members:
-        _check(y, x, pool, plan)
-        _check_for_triton(y, x, pool, plan)
+        check(y, x, pool, plan.needs)
+        check_for_triton(x, pool, None, plan.device)
+        if plan.needs.vectors:
+            raise ValueError("plans: segments name vectors, which want a call of low_rank with an epilogue")
     rows = {pool.a.shape[0] for _, pool, _ in members}
     if len(rows) > 1:
         raise ValueError(f"pools: want equally many rows in each, got {sorted(rows)}")
@@ -123,69 +147,31 @@ def _group_on_triton(x: Tensor, members: Sequence[tuple[Tensor, RankPool, LowRan
         low_rank_group_op(ys, x, *map(list, zip(*pools, strict=True)), [t.buffer for t in tables], geometries)
 
 
-def _on_triton(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> Tensor:
+def _on_triton(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan, epilogue: Epilogue | None) -> Tensor:
     from chorus.kernels.low_rank_launch import low_rank_op  # Triton is not everywhere
 
     assert plan.tables is not None
     if plan.tables.geometry.groups:
-        low_rank_op(y, x, *pool, plan.tables.buffer, plan.tables.flat_geometry)
+        low_rank_op(y, x, *pool, plan.tables.buffer, plan.tables.flat_geometry, *(epilogue or Epilogue()))
     return y
 
 
-def _with_gradient(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan, runs_triton: bool) -> Tensor:
+def _with_gradient(
+    y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan, runs_triton: bool, epilogue: Epilogue | None
+) -> Tensor:
     from chorus.kernels.low_rank_backward import LowRankFunction
 
     if x.dim() == 1:
         raise ValueError("x: token ids have no backward")
     if pool.mid_scale.requires_grad:
         raise ValueError("pool: mid_scale has no backward")
-    if not any(s.start < s.end and s.pool_rows for s in plan.segments):
+    if epilogue is not None:
+        raise ValueError("epilogue: has no backward")
+    if any(s.activation for s in plan.segments):
+        raise ValueError("segments: activations have no backward")
+    if not any(s.acts for s in plan.segments):
         return y
     out: Tensor = LowRankFunction.apply(  # type: ignore[no-untyped-call]
         y, x, *pool, plan.segments, plan.tables if runs_triton else None
     )
     return out
-
-
-def _check_segments(segments: Sequence[LowRankSegment]) -> int:
-    """How many rows a pool must have at least."""
-    end = needed = 0
-    for segment in segments:
-        if segment.start < end or segment.end < segment.start:
-            raise ValueError(f"segments: [{segment.start}, {segment.end}) overlaps the one before or runs backwards")
-        if segment.pool_rows and min(segment.pool_rows) < 0:
-            raise ValueError(f"segments: pool row {min(segment.pool_rows)} is negative")
-        end = segment.end
-        needed = max(needed, 1 + max(segment.pool_rows, default=-1))
-    return needed
-
-
-def _check(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> None:
-    ids = x.dim() == 1 and x.dtype == torch.int64
-    if not (ids or x.dim() == 2) or y.dim() != 2 or x.shape[0] != y.shape[0]:
-        raise ValueError(f"x, y: want [T, K] or ids [T], and [T, N]; got {tuple(x.shape)} and {tuple(y.shape)}")
-    k = pool.a.shape[1] if ids else x.shape[1]
-    if pool.a.shape[1] != k or pool.b.shape[1] != y.shape[1] or pool.a.shape[0] != pool.b.shape[0]:
-        raise ValueError(f"pool: {tuple(pool.a.shape)} and {tuple(pool.b.shape)} do not fit K, N of x, y")
-    if plan.segments and plan.segments[-1].end > x.shape[0]:
-        raise ValueError(f"plan: made for at least {plan.segments[-1].end} rows, x has {x.shape[0]}")
-    rows, scales = pool.a.shape[0], tuple(pool.mid_scale.shape)
-    if plan.pool_rows > rows or scales != (rows,):
-        raise ValueError(f"pool: the plan names {plan.pool_rows} rows; it has {rows}, and scales {scales}")
-    if not (y.dtype == pool.a.dtype == pool.b.dtype and (ids or x.dtype == y.dtype)):
-        raise ValueError(f"dtypes differ: y {y.dtype}, x {x.dtype}, a {pool.a.dtype}, b {pool.b.dtype}")
-    if not x.is_contiguous():
-        raise ValueError(f"x: must be contiguous, has strides {x.stride()}")
-    if not y.is_contiguous() and (y.stride(1) != 1 or y.stride(0) < y.shape[1]):
-        raise ValueError(f"y: rows must be contiguous and lie apart, strides are {y.stride()}")
-
-
-def _check_for_triton(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> None:
-    assert plan.tables is not None
-    for name, tensor in {"y": y, "x": x, **pool._asdict()}.items():
-        if name != "y" and not tensor.is_contiguous():
-            raise ValueError(f"{name}: must be contiguous, has strides {tensor.stride()}")
-        if tensor.device != plan.tables.buffer.device:
-            raise ValueError(f"{name}: on {tensor.device}, the plan is on {plan.tables.buffer.device}")
-    if pool.mid_scale.dtype != torch.float32:
-        raise ValueError(f"pool: mid_scale must be float32, is {pool.mid_scale.dtype}")

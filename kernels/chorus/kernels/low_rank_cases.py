@@ -18,9 +18,11 @@ from chorus.kernels.tuning import (
     rank_blocks,
 )
 
-MEMBERS = (1, 3)
+# Outputs of a launch, and whether everything of an epilogue is in it.
+FORMS = ((1, False), (3, False), (1, True))
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ANY_WIDTH = 1 << 20
+_VECTORS = ("out_bias_ptr", "out_scale_ptr", "row_scale_ptr", "row_add_ptr")
 _TABLES = {"tiles_ptr": "*i32", "pages_ptr": "*i32"}
 _TABLE_STEPS = dict.fromkeys(("tiles_step_1", "tiles_step_2", "pages_step_1", "pages_step_2"), "i64")
 _COUNTS = {"count_0": "i32", "count_1": "i32", "count_2": "i32"}
@@ -34,10 +36,10 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
     cases: dict[str, CompileCase] = {}
     for family, dtype, k, n in product(Family, TYPES, widths_in, widths_out):
         tiles = low_rank_tiles(family, k, n, dtype, arch)
-        for block, members in product(rank_blocks(family), MEMBERS):
+        for block, (members, full) in product(rank_blocks(family), FORMS):
             for case in (
                 _shrink_case(family, dtype, block, tiles, k, members),
-                _expand_case(family, dtype, block, tiles, n, members),
+                _expand_case(family, dtype, block, tiles, n, members, full),
             ):
                 cases[f"{case.name} {case.configuration}"] = case
     for dtype, block, k in product(TYPES, rank_blocks(Family.GROUPED), widths_in):
@@ -71,10 +73,11 @@ def _shrink_case(
 
 
 def _expand_case(
-    family: Family, dtype: torch.dtype, block: int, tiles: LowRankTiles, width: int, members: int
+    family: Family, dtype: torch.dtype, block: int, tiles: LowRankTiles, width: int, members: int, full: bool
 ) -> CompileCase:
     value = f"*{TRITON_TYPES[dtype]}"
     pointers = {"y_ptr": value, "b_ptr": value, "partial_ptr": "*fp32"} | _TABLES
+    epilogue = {"mid_bias_ptr": "*fp32"} | dict.fromkeys(_VECTORS, value)
     sizes = {"y_rows": "i32", "pool_rows": "i32"} | _COUNTS
     widths = dict.fromkeys(("N_0", "N_1", "N_2", "y_stride_0", "y_stride_1", "y_stride_2"), "i32")
     steps = _TABLE_STEPS | dict.fromkeys(("b_step_1", "b_step_2"), "i64")
@@ -82,11 +85,21 @@ def _expand_case(
     rows = {} if family is Family.ROWS else {"BLOCK_M": block_rows(family)}
     return CompileCase(
         kernel=kernels.expand_rows if family is Family.ROWS else kernels.expand_tiles,
-        signature=pointers | sizes | _STRIDES | widths | steps | columns,
-        constants=rows | {"BLOCK_R": block, "BLOCK_N": tiles.block_n, "SPLIT_K": tiles.split_k, "MEMBERS": members},
+        signature=pointers | sizes | _STRIDES | widths | steps | columns | (epilogue if full else {}),
+        constants=rows
+        | {"BLOCK_R": block, "BLOCK_N": tiles.block_n, "SPLIT_K": tiles.split_k, "MEMBERS": members, "ACTIVATED": full}
+        | ({} if full else dict.fromkeys(epilogue)),
         warps=tiles.expand_warps,
         stages=tiles.expand_stages,
-        aligned=frozenset({*pointers, *_STRIDES, *steps, *([*widths, *columns] if width % 16 == 0 else [])}),
+        aligned=frozenset(
+            {
+                *pointers,
+                *_STRIDES,
+                *steps,
+                *(epilogue if full else ()),
+                *([*widths, *columns] if width % 16 == 0 else ()),
+            }
+        ),
         expects_dot=family is not Family.ROWS and dtype is not torch.float32,
     )
 

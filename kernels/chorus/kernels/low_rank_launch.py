@@ -15,13 +15,14 @@ from torch import Tensor
 from chorus.kernels import triton_low_rank as kernels
 from chorus.kernels.low_rank_tables import Geometry, TileGroup
 from chorus.kernels.tuning import Family, LowRankTiles, arch_of, block_rows, gradient_rule, low_rank_tiles
+from chorus.kernels.types import Epilogue
 
 MEMBERS = 3
 """Outputs of one launch: q, k and v."""
 
 
 class Member(NamedTuple):
-    """One output of a call, its pool's tensors and its tables."""
+    """One output of a call, its pool's tensors and its tables. Only the one member of a launch has an epilogue."""
 
     y: Tensor
     a: Tensor
@@ -29,6 +30,7 @@ class Member(NamedTuple):
     mid_scale: Tensor
     tables: Tensor
     how: Geometry
+    epilogue: Epilogue = Epilogue()
 
 
 Own = tuple[Member, TileGroup]
@@ -36,14 +38,21 @@ Own = tuple[Member, TileGroup]
 
 @torch.library.custom_op("chorus::low_rank", mutates_args=("y",))
 def low_rank_op(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, mid_scale: Tensor, tables: Tensor, geometry: Sequence[int]
-) -> None:
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, mid_scale: Tensor, tables: Tensor, geometry: Sequence[int],
+    mid_bias: Tensor | None = None, out_bias: Tensor | None = None, out_scale: Tensor | None = None,
+    row_scale: Tensor | None = None, row_add: Tensor | None = None,
+) -> None:  # fmt: skip
     """`low_rank` of x [T, K] onto y [T, N] for a batch's `LowRankTables`. Its arguments are not checked."""
-    _add([Member(y, a, b, mid_scale, tables, Geometry.of(geometry))], x, new_workspace)
+    epilogue = Epilogue(mid_bias, out_bias, out_scale, row_scale, row_add)
+    _add([Member(y, a, b, mid_scale, tables, Geometry.of(geometry), epilogue)], x, new_workspace)
 
 
 @low_rank_op.register_fake
-def _(y: Tensor, x: Tensor, a: Tensor, b: Tensor, mid_scale: Tensor, tables: Tensor, geometry: Sequence[int]) -> None:
+def _(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, mid_scale: Tensor, tables: Tensor, geometry: Sequence[int],
+    mid_bias: Tensor | None = None, out_bias: Tensor | None = None, out_scale: Tensor | None = None,
+    row_scale: Tensor | None = None, row_add: Tensor | None = None,
+) -> None:  # fmt: skip
     return None
 
 
@@ -129,7 +138,8 @@ def _add(members: Sequence[Member], x: Tensor, workspace: Callable[[int, int, in
     with torch.cuda.device_of(x):
         for kind, kind_tiles in zip(kinds, tiles, strict=True):
             own = [(m, g) for m in members for g in m.how.groups if (g.family, g.block_rank) == kind]
-            _shrink(partial, x, own, columns, kind_tiles)
+            if any(group.shrink_count for _, group in own):  # none where rows have vectors alone
+                _shrink(partial, x, own, columns, kind_tiles)
             _expand(partial, own, columns, kind_tiles)
     return partial
 
@@ -190,6 +200,7 @@ def _expand(partial: Tensor, own: Sequence[Own], columns: int, tiles: LowRankTil
         **_steps("y", [member.y for member in members]),
         **_each("y_stride", [member.y.stride(0) for member in members]),
         **_each("N", widths),
+        **{f"{name}_ptr": tensor for name, tensor in members[0].epilogue._asdict().items()},
         y_rows=partial.shape[1],
         pool_rows=members[0].b.shape[0],
         columns=partial.shape[2],
@@ -200,6 +211,7 @@ def _expand(partial: Tensor, own: Sequence[Own], columns: int, tiles: LowRankTil
         BLOCK_N=tiles.block_n,
         SPLIT_K=tiles.split_k,
         MEMBERS=len(own),
+        ACTIVATED=any(member.how.activated for member in members),
         **launch_options(tiles.expand_warps, tiles.expand_stages),
     )
 

@@ -1,6 +1,6 @@
 """What the kernels of `low_rank` read about a batch: tiles and rank pages, int32, built on the host, one upload.
 
-    tile   row | rows | first entry in the page table | rank lanes | first column of s
+    tile   row | rows | first entry in the page table | rank lanes | first column of s | activation | vector, or -1
     pages  the pool pages of each segment, one after the other: page p is the pool's rows 8 p .. 8 p + 7
 
 Each family (`tuning.Family`) in the batch has two lists of tiles. The shrink's are cut by rows and by rank, so that a
@@ -23,18 +23,22 @@ from chorus.kernels.tuning import Family, block_rows, family_of, rank_block
 from chorus.kernels.types import LowRankSegment
 
 PAGE_ROWS = 8
-TILE_FIELDS = 5
+TILE_FIELDS = 7
 # Lists begin at multiples of 16 bytes: what Triton specialises pointers for.
 _ALIGNMENT = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """The largest batch that a static plan holds: rows, and rank of any segment. All segments get one family."""
+    """The largest batch that a static plan holds: rows, and rank of any segment. All segments get one family.
+
+    `activated` says whether segments may have an activation.
+    """
 
     rows: int
     rank: int
     family: Family
+    activated: bool = False
 
 
 class TileGroup(NamedTuple):
@@ -53,15 +57,21 @@ class Geometry(NamedTuple):
 
     columns: int
     pages_at: int
+    activated: bool
     groups: tuple[TileGroup, ...]
 
     def flat(self) -> list[int]:
-        return [self.columns, self.pages_at, *(number for group in self.groups for number in group)]
+        return [
+            self.columns,
+            self.pages_at,
+            int(self.activated),
+            *(number for group in self.groups for number in group),
+        ]
 
     @classmethod
     def of(cls, flat: Sequence[int]) -> "Geometry":
-        groups = [flat[i : i + 6] for i in range(2, len(flat), 6)]
-        return cls(flat[0], flat[1], tuple(TileGroup(Family(g[0]), *g[1:]) for g in groups))
+        groups = [flat[i : i + 6] for i in range(3, len(flat), 6)]
+        return cls(flat[0], flat[1], bool(flat[2]), tuple(TileGroup(Family(g[0]), *g[1:]) for g in groups))
 
 
 class LowRankTables:
@@ -73,7 +83,7 @@ class LowRankTables:
 
     def __init__(self, segments: Sequence[LowRankSegment], device: torch.device, capacity: Capacity | None) -> None:
         self._capacity = capacity
-        used = [s for s in segments if s.start < s.end and s.pool_rows]
+        used = [s for s in segments if s.acts]
         self.geometry = _geometry(used) if capacity is None else _worst_case(capacity)
         self.flat_geometry = self.geometry.flat()
         self._check(used)
@@ -85,7 +95,7 @@ class LowRankTables:
         """Writes another batch into the same buffer, on the current stream and without waiting."""
         if self._capacity is None:
             raise ValueError("capacity: tables without one are not written anew")
-        used = [s for s in segments if s.start < s.end and s.pool_rows]
+        used = [s for s in segments if s.acts]
         self._check(used)
         host = _fill(used, self.geometry, self._capacity)
         self.buffer.copy_(_pinned(host, self.buffer.device), non_blocking=True)
@@ -104,7 +114,7 @@ class LowRankTables:
                 rank = len(s.pool_rows)
                 for lane in range(0, rank, block):
                     first_page = pages + lane // PAGE_ROWS
-                    tiles.append((s.start, s.end - s.start, first_page, min(block, rank - lane), lane))
+                    tiles.append((s.start, s.end - s.start, first_page, min(block, rank - lane), lane, 0, -1))
                 pages += _ceil(rank, PAGE_ROWS)
             owned = [row for s in self._used for row in s.pool_rows]
             if len(owned) != len(set(owned)):
@@ -118,6 +128,8 @@ class LowRankTables:
         rank = max(len(s.pool_rows) for s in segments)
         if segments[-1].end > self._capacity.rows or rank > self._capacity.rank:
             raise ValueError(f"segments: {segments[-1].end} rows of rank {rank} exceed {self._capacity}")
+        if not self._capacity.activated and any(s.activation for s in segments):
+            raise ValueError("segments: the capacity is of batches without activations")
 
 
 @lru_cache(maxsize=4096)
@@ -146,17 +158,19 @@ def _geometry(segments: Sequence[LowRankSegment]) -> Geometry:
             tiles = [(_ceil(s.end - s.start, block_rows(family)), _ceil(len(s.pool_rows), block)) for s in members]
             shrinks, expands = sum(rows * ranks for rows, ranks in tiles), sum(rows for rows, _ in tiles)
             sizes.append((family, block, max(ranks for _, ranks in tiles) * block, shrinks, expands))
-    return _laid_out(sizes)
+    return _laid_out(sizes, any(s.activation for s in segments))
 
 
 def _worst_case(capacity: Capacity) -> Geometry:
     """Every row another adapter's, each of the largest rank: no batch has more tiles."""
     block = rank_block(capacity.family, capacity.rank)
     ranks = _ceil(capacity.rank, block)
-    return _laid_out([(capacity.family, block, ranks * block, capacity.rows * ranks, capacity.rows)])
+    return _laid_out(
+        [(capacity.family, block, ranks * block, capacity.rows * ranks, capacity.rows)], capacity.activated
+    )
 
 
-def _laid_out(sizes: Iterable[tuple[Family, int, int, int, int]]) -> Geometry:
+def _laid_out(sizes: Iterable[tuple[Family, int, int, int, int]], activated: bool) -> Geometry:
     """Lists one after the other, from (family, rank block, columns, shrink tiles, expand tiles) each."""
     groups, at, widest = [], 0, 0
     for family, block, columns, shrinks, expands in sizes:
@@ -164,7 +178,7 @@ def _laid_out(sizes: Iterable[tuple[Family, int, int, int, int]]) -> Geometry:
         groups.append(TileGroup(family, block, at, shrinks, expand_at, expands))
         at = expand_at + _aligned(expands * TILE_FIELDS)
         widest = max(widest, columns)
-    return Geometry(widest, at, tuple(groups))
+    return Geometry(widest, at, activated, tuple(groups))
 
 
 def _fill(segments: Sequence[LowRankSegment], geometry: Geometry, capacity: Capacity | None) -> Tensor:
@@ -176,11 +190,12 @@ def _fill(segments: Sequence[LowRankSegment], geometry: Geometry, capacity: Capa
         family = capacity.family if capacity is not None else family_of(s.end - s.start)
         rank, block, step = len(s.pool_rows), blocks[family], block_rows(family)
         shrinks, expands = lists[family]
+        last = (int(s.activation), -1 if s.vector is None else s.vector)
         for row in range(s.start, s.end, step):
             rows = min(step, s.end - row)
             for lane in range(0, rank, block):
-                shrinks += (row, rows, len(pages) + lane // PAGE_ROWS, min(block, rank - lane), lane)
-            expands += (row, rows, len(pages), rank, 0)
+                shrinks += (row, rows, len(pages) + lane // PAGE_ROWS, min(block, rank - lane), lane, *last)
+            expands += (row, rows, len(pages), rank, 0, *last)
         pages += pages_of(s.pool_rows)
     page_entries = len(pages) if capacity is None else capacity.rows * _ceil(capacity.rank, PAGE_ROWS)
     buffer = [0] * (geometry.pages_at + page_entries)

@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chorus.kernels.types import (
+    Activation,
     AttentionRow,
+    Epilogue,
     HeadActivation,
     HeadPool,
     HeadSegment,
@@ -22,25 +24,37 @@ from chorus.kernels.types import (
     SlotSegment,
 )
 
-Activation = Literal["silu", "gelu_tanh"]
+GatedActivation = Literal["silu", "gelu_tanh"]
 
 KV_LIMIT = 1e30
 """Larger keys and values are not kept: far over what any model means, and 1e8 under where a score overflows."""
 
 
-def low_rank(y: Tensor, x: Tensor, pool: RankPool, segments: Sequence[LowRankSegment]) -> Tensor:
-    """y[t] += (mid_scale * (x[t] A^T)) B for each row t of each segment, A and B being that segment's rows of the pool.
+def low_rank(
+    y: Tensor, x: Tensor, pool: RankPool, segments: Sequence[LowRankSegment], epilogue: Epilogue | None = None
+) -> Tensor:
+    """y[t] += act(mid_scale * (x[t] A^T) + mid_bias) B for each row t of each segment, A and B being its pool rows.
 
-    x [T, K], y [T, N] (changed in place and returned); pool.a [R, K], pool.b [R, N], pool.mid_scale [R].
-    Rows of no segment are left as they are. x may also be token ids [T], int64 below K, which stand for one-hot rows:
-    what an embedding reads.
+    x [T, K], y [T, N] (changed in place and returned); pool.a [R, K], pool.b [R, N], pool.mid_scale [R]; `Epilogue`
+    says what its vectors do. Rows of no segment are left as they are. x may also be token ids [T], int64 below K, which
+    stand for one-hot rows: what an embedding reads.
     """
+    e = epilogue or Epilogue()
     for segment in segments:
-        index = torch.as_tensor(segment.pool_rows, device=x.device)
+        index = torch.as_tensor(segment.pool_rows, device=x.device, dtype=torch.int64)
         a, b, scale = pool.a[index], pool.b[index], pool.mid_scale[index]  # [r, K], [r, N], [r]
         part = slice(segment.start, segment.end)
         middle = a[:, x[part]].T if x.dim() == 1 else x[part] @ a.T  # [t, r]
-        y[part] += (middle * scale.to(y.dtype)) @ b
+        middle = middle * scale.to(y.dtype)
+        if e.mid_bias is not None:
+            middle = middle + e.mid_bias[index].to(y.dtype)
+        delta = activate(middle, segment.activation) @ b
+        if segment.vector is None:
+            y[part] += delta
+            continue
+        of = {name: vectors[segment.vector].to(y.dtype) for name, vectors in e.vectors.items()}  # [N] each
+        delta = of.get("out_scale", 1) * (delta + of.get("out_bias", 0))
+        y[part] = of.get("row_scale", 1) * (y[part] + delta) + of.get("row_add", 0)
     return y
 
 
@@ -117,10 +131,26 @@ def residual_norm(residual: Tensor, x: Tensor | None, norm: Norm, segments: Sequ
     return (normed * ((norm.kind == "rms_plus_one") + weight.to(wide)) + bias.to(wide)).to(dtype)
 
 
-def gated_mul(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+def gated_mul(gate: Tensor, up: Tensor, activation: GatedActivation) -> Tensor:
     """silu(gate) * up, or gelu in its tanh form; the activation is rounded before the product. [T, N]."""
     act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
     return act * up
+
+
+def activate(middle: Tensor, activation: Activation) -> Tensor:
+    """As torch.nn.functional has them."""
+    match activation:
+        case Activation.RELU:
+            return F.relu(middle)
+        case Activation.GELU:
+            return F.gelu(middle)
+        case Activation.GELU_TANH:
+            return F.gelu(middle, approximate="tanh")
+        case Activation.SILU:
+            return F.silu(middle)
+        case Activation.TANH:
+            return torch.tanh(middle)
+    return middle
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

@@ -29,7 +29,7 @@ def gelu_tanh_mul(gate: Tensor, up: Tensor, *, triton: bool | None = None) -> Te
     return F.gelu(gate, approximate="tanh").mul_(up)
 
 
-def _on_triton(gate: Tensor, up: Tensor, activation: reference.Activation) -> Tensor:
+def _on_triton(gate: Tensor, up: Tensor, activation: reference.GatedActivation) -> Tensor:
     if gate.dtype not in TRITON_DTYPES:
         return reference.gated_mul(gate, up, activation)
     from chorus.kernels.pointwise_launch import gated_mul_op  # Triton is not everywhere

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 PAGE_ROWS = tl.constexpr(8)
-TILE_FIELDS = tl.constexpr(5)
+TILE_FIELDS = tl.constexpr(7)
 
 
 @triton.jit
@@ -40,6 +40,49 @@ def _tile(tiles_ptr):
     """Tile number pid 0: row, rows, its first entry in the page table, rank lanes, its first column of s."""
     at = tiles_ptr + tl.program_id(0) * TILE_FIELDS
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
+
+
+@triton.jit
+def _between(s, mid_bias_ptr, pool_row, lane, rank, tiles_ptr, ACTIVATED: tl.constexpr):
+    """act(s + mid_bias) for s [R] or [M, R], 0 past the rank; codes are `types.Activation`'s. NaN stays NaN."""
+    if mid_bias_ptr is not None:
+        s += tl.load(mid_bias_ptr + pool_row, mask=lane < rank, other=0.0)
+    if ACTIVATED:
+        code = tl.load(tiles_ptr + tl.program_id(0) * TILE_FIELDS + 5)
+        if code == 1:
+            s = tl.where(s < 0, 0.0, s)
+        elif code == 2:
+            s = 0.5 * s * (1 + tl.erf(s * 0.7071067811865476))
+        elif code == 3:
+            s = 0.5 * s * (1 + _tanh(0.7978845608028654 * (s + 0.044715 * s * s * s)))
+        elif code == 4:
+            s = s / (1 + tl.exp(-s))
+        elif code == 5:
+            s = _tanh(s)
+    return s
+
+
+@triton.jit
+def _tanh(x):
+    return 1 - 2 / (tl.exp(2 * x) + 1)
+
+
+@triton.jit
+def _finished(base, delta, out_bias_ptr, out_scale_ptr, row_scale_ptr, row_add_ptr, n, N, tiles_ptr):
+    """row_scale * (base + out_scale * (delta + out_bias)) + row_add in float32; a tile without a vector only adds."""
+    vector = tl.load(tiles_ptr + tl.program_id(0) * TILE_FIELDS + 6)
+    at = tl.maximum(vector, 0).to(tl.int64) * N + n
+    named = n < tl.where(vector >= 0, N, 0)
+    if out_bias_ptr is not None:
+        delta += tl.load(out_bias_ptr + at, mask=named, other=0.0).to(tl.float32)
+    if out_scale_ptr is not None:
+        delta *= tl.load(out_scale_ptr + at, mask=named, other=1.0).to(tl.float32)
+    total = base.to(tl.float32) + delta
+    if row_scale_ptr is not None:
+        total *= tl.load(row_scale_ptr + at, mask=named, other=1.0).to(tl.float32)
+    if row_add_ptr is not None:
+        total += tl.load(row_add_ptr + at, mask=named, other=0.0).to(tl.float32)
+    return total
 
 
 @triton.jit
@@ -134,10 +177,13 @@ def shrink_tiles(
 
 @triton.jit(do_not_specialize=["y_rows", "pool_rows", "count_0", "count_1", "count_2"])
 def expand_rows(
-    y_ptr, b_ptr, partial_ptr, tiles_ptr, pages_ptr, y_rows, pool_rows, columns, member_columns, split_stride,
+    y_ptr, b_ptr, partial_ptr, tiles_ptr, pages_ptr,
+    mid_bias_ptr, out_bias_ptr, out_scale_ptr, row_scale_ptr, row_add_ptr,
+    y_rows, pool_rows, columns, member_columns, split_stride,
     count_0, count_1, count_2, tiles_step_1, tiles_step_2, pages_step_1, pages_step_2,
     b_step_1, b_step_2, y_step_1, y_step_2, y_stride_0, y_stride_1, y_stride_2, N_0, N_1, N_2,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, MEMBERS: tl.constexpr,
+    ACTIVATED: tl.constexpr,
 ):  # fmt: skip
     """y[row] += (sum over splits of partial[split, row]) B, rounded once. Grid (tiles, N / BLOCK_N, members)."""
     if tl.program_id(0) >= _of_member(count_0, count_1, count_2, MEMBERS):
@@ -165,19 +211,23 @@ def expand_rows(
         lane = first + tl.arange(0, BLOCK_R)  # [R]
         pool_row, held = _pool_rows(pages_ptr, first_page, lane, rank, pool_rows)
         s = tl.sum(tl.load(s_ptr + lane[None, :]), axis=0)  # [R]
+        s = _between(s, mid_bias_ptr, pool_row, lane, rank, tiles_ptr, ACTIVATED)
         b_at = b_ptr + pool_row[:, None] * N + n[None, :]
         b = tl.load(b_at, mask=held[:, None] & (n < N)[None, :], other=0.0)  # [R, N]
         sums += tl.sum(s[:, None] * b.to(tl.float32), axis=0)
-    tl.store(y_at, (base.to(tl.float32) + sums).to(y_ptr.dtype.element_ty), mask=n < N)
+    total = _finished(base, sums, out_bias_ptr, out_scale_ptr, row_scale_ptr, row_add_ptr, n, N, tiles_ptr)
+    tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
 @triton.jit(do_not_specialize=["y_rows", "pool_rows", "count_0", "count_1", "count_2"])
 def expand_tiles(
-    y_ptr, b_ptr, partial_ptr, tiles_ptr, pages_ptr, y_rows, pool_rows, columns, member_columns, split_stride,
+    y_ptr, b_ptr, partial_ptr, tiles_ptr, pages_ptr,
+    mid_bias_ptr, out_bias_ptr, out_scale_ptr, row_scale_ptr, row_add_ptr,
+    y_rows, pool_rows, columns, member_columns, split_stride,
     count_0, count_1, count_2, tiles_step_1, tiles_step_2, pages_step_1, pages_step_2,
     b_step_1, b_step_2, y_step_1, y_step_2, y_stride_0, y_stride_1, y_stride_2, N_0, N_1, N_2,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr,
-    MEMBERS: tl.constexpr,
+    MEMBERS: tl.constexpr, ACTIVATED: tl.constexpr,
 ):  # fmt: skip
     """`expand_rows` for tiles of up to BLOCK_M rows of one segment. s is rounded to B's dtype for the dot."""
     if tl.program_id(0) >= _of_member(count_0, count_1, count_2, MEMBERS):
@@ -212,10 +262,12 @@ def expand_tiles(
             s += tl.load(
                 s_ptr + split * tl.cast(split_stride, tl.int64) + lane[None, :], mask=present[:, None], other=0.0
             )
+        s = _between(s, mid_bias_ptr, pool_row, lane, rank, tiles_ptr, ACTIVATED)
         b_at = b_ptr + pool_row[:, None] * N + n[None, :]
         b = tl.load(b_at, mask=held[:, None] & (n < N)[None, :], other=0.0)  # [R, N]
         sums = tl.dot(s.to(b.dtype), b, sums, input_precision="ieee")
-    tl.store(y_at, (base.to(tl.float32) + sums).to(y_ptr.dtype.element_ty), mask=inside)
+    total = _finished(base, sums, out_bias_ptr, out_scale_ptr, row_scale_ptr, row_add_ptr, n, N, tiles_ptr)
+    tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["x_rows", "pool_rows"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
@@ -17,13 +18,51 @@ class RankPool(NamedTuple):
     mid_scale: Tensor
 
 
+class Activation(IntEnum):
+    """What lies between the two products of `low_rank`."""
+
+    NONE = 0
+    RELU = 1
+    GELU = 2
+    GELU_TANH = 3
+    SILU = 4
+    TANH = 5
+
+
+class Epilogue(NamedTuple):
+    """What `low_rank` does at a site besides the two products; None where no adapter does it there.
+
+    mid_bias [R], float32, is added before the activation. The others hold vectors [V, N] in the model's dtype or
+    float32, of which a segment names one: y = row_scale * (y + out_scale * (delta + out_bias)) + row_add.
+    """
+
+    mid_bias: Tensor | None = None
+    out_bias: Tensor | None = None
+    out_scale: Tensor | None = None
+    row_scale: Tensor | None = None
+    row_add: Tensor | None = None
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """Those that hold vectors, by name."""
+        found = {name: getattr(self, name) for name in ("out_bias", "out_scale", "row_scale", "row_add")}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
 @dataclass(frozen=True, slots=True)
 class LowRankSegment:
-    """Rows [start, end) of the batch use the pool's rows `pool_rows`, in rank order."""
+    """Rows [start, end) of the batch use the pool's rows `pool_rows`, in rank order, and an epilogue's vector."""
 
     start: int
     end: int
     pool_rows: tuple[int, ...]
+    activation: Activation = Activation.NONE
+    vector: int | None = None
+
+    @property
+    def acts(self) -> bool:
+        """Whether it changes any row."""
+        return self.start < self.end and (bool(self.pool_rows) or self.vector is not None)
 
 
 NormKind = Literal["rms", "rms_plus_one", "layer"]
