@@ -24,7 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chorus.kernels import AttentionPlan, AttentionRow, LowRankPlan, LowRankSegment, RankPool, low_rank, paged_attention
+from chorus.kernels import (
+    AttentionPlan,
+    AttentionRow,
+    LowRankPlan,
+    LowRankSegment,
+    RankPool,
+    low_rank_group,
+    paged_attention,
+)
 from common import SHAPE_144M, copy_bandwidth, matmul_rate, read_bandwidth, record, wait_until_quiet
 
 ROWS, RANK = 16, 16
@@ -39,7 +47,10 @@ Peer = Callable[[str, Any], Work | None]
 
 @dataclass(frozen=True)
 class LowRankCase:
-    """One step's deltas: for each layer and linear x [16, K], base weight [N, K], pool a [256, K], b [256, N]."""
+    """One step's deltas: for each layer and linear x [16, K], base weight [N, K], pool a [256, K], b [256, N].
+
+    q, k and v have the same x, and so have gate and up.
+    """
 
     x: list[Tensor]
     weight: list[Tensor]
@@ -51,7 +62,8 @@ class LowRankCase:
     def bytes(self) -> int:
         """Adapters' weights once, x read, y read and written."""
         pools = sum(pool.a.nbytes + pool.b.nbytes for pool in self.pool)
-        return pools + sum(x.nbytes + 2 * y.nbytes for x, y in zip(self.x, self.y, strict=True))
+        inputs = {id(x): x.nbytes for x in self.x}
+        return pools + sum(inputs.values()) + sum(2 * y.nbytes for y in self.y)
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,11 @@ def linears() -> Iterator[tuple[int, int]]:
     )
 
 
+def groups() -> list[tuple[int, int]]:
+    """The sites that read the same x, from the first to before the last: q, k, v; o; gate, up; down."""
+    return [(7 * layer + a, 7 * layer + b) for layer in range(LAYERS) for a, b in ((0, 3), (3, 4), (4, 6), (6, 7))]
+
+
 def low_rank_case(device: str) -> LowRankCase:
     torch.manual_seed(0)
     rows = ROWS * RANK
@@ -94,8 +111,9 @@ def low_rank_case(device: str) -> LowRankCase:
 
     sites = [shape for _ in range(LAYERS) for shape in linears()]
     scale = torch.full((rows,), 0.5, device=device)
+    inputs = [[random(ROWS, sites[first][0])] * (last - first) for first, last in groups()]
     return LowRankCase(
-        x=[random(ROWS, k) for k, _ in sites],
+        x=[x for same in inputs for x in same],
         weight=[random(n, k) for k, n in sites],
         pool=[RankPool(random(rows, k), random(rows, n), scale) for k, n in sites],
         y=[random(ROWS, n) for _, n in sites],
@@ -106,9 +124,11 @@ def low_rank_case(device: str) -> LowRankCase:
 def low_rank_contestants(case: LowRankCase) -> dict[str, Work]:
     plan = LowRankPlan(case.segments, case.x[0].device)
 
+    sites = [(case.y[a:b], case.x[a], case.pool[a:b], [plan] * (b - a)) for a, b in groups()]
+
     def ours() -> None:
-        for y, x, pool in zip(case.y, case.x, case.pool, strict=True):
-            low_rank(y, x, pool, plan)
+        for ys, x, pools, plans in sites:
+            low_rank_group(ys, x, pools, plans)
 
     def base() -> None:
         for x, weight in zip(case.x, case.weight, strict=True):
