@@ -10,6 +10,7 @@ CPU = torch.device("cpu")
 BOUND = {torch.float32: (1e-5, 1e-4), torch.float16: (4e-3, 4e-2), torch.bfloat16: (4e-3, 4e-2)}
 LAYOUTS = {
     "a decode step, all distinct": [(1, 16)] * 12,
+    "a few decodes": [(1, 16), (2, 40), (1, 5)],
     "mixed ranks": [(1, 8), (2, 24), (1, 128), (4, 5), (1, 33)],
     "the largest ranks": [(1, 256), (5, 200), (33, 250)],
     "prefill beside decodes": [(1, 16), (50, 16), (1, 8), (70, 48), (17, 64)],

@@ -25,7 +25,8 @@ class LowRankPlan:
 
     On CPU it keeps views and scales of the pools it was used with: of no use once rows that it names were written anew.
     For Triton it holds tables, of fixed size and writable anew with a `capacity`. `triton` says whether Triton runs (on
-    CPU tensors only in its interpreter); unless told, it does on CUDA.
+    CPU tensors only in its interpreter); unless told, it does on CUDA. `tables` are those of the segments, where there
+    are some already.
 
     Raises:
         ValueError: segments overlap, run backwards, name negative pool rows, or, for Triton, rows that are not whole
@@ -39,6 +40,7 @@ class LowRankPlan:
         *,
         triton: bool | None = None,
         capacity: Capacity | None = None,
+        tables: LowRankTables | None = None,
     ) -> None:
         runs_triton = device.type == "cuda" if triton is None else triton
         on_cpu = device.type == "cpu" and not runs_triton
@@ -46,7 +48,19 @@ class LowRankPlan:
         self._set(segments)
         self.pieces = cut(self.segments) if on_cpu else ()
         self.vector_rows = VectorRows.of(self.segments) if on_cpu else None
-        self.tables = LowRankTables(self.segments, device, capacity) if runs_triton else None
+        self.tables = None
+        if runs_triton:
+            self.tables = tables or LowRankTables(self.segments, device, capacity)
+
+    @classmethod
+    def together(
+        cls, batches: Sequence[Sequence[LowRankSegment]], device: torch.device, *, triton: bool | None = None
+    ) -> list["LowRankPlan"]:
+        """Plans of several batches, such as all layouts of a step, whose tables go to the device in one upload."""
+        if not (device.type == "cuda" if triton is None else triton):
+            return [cls(segments, device, triton=triton) for segments in batches]
+        tables = LowRankTables.together(batches, device)
+        return [cls(s, device, triton=True, tables=own) for s, own in zip(batches, tables, strict=True)]
 
     def rewrite(self, segments: Sequence[LowRankSegment]) -> None:
         """Another batch in the same tables, for replays of a CUDA graph. Only of a plan with a capacity."""

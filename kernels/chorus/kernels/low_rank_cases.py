@@ -9,6 +9,7 @@ from chorus.kernels import triton_low_rank as kernels
 from chorus.kernels.compile_case import TRITON_TYPES, CompileCase
 from chorus.kernels.tuning import (
     EXPAND_RULES,
+    FUSED_RULE,
     SHRINK_RULES,
     Family,
     LowRankTiles,
@@ -42,6 +43,9 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
                 _expand_case(family, dtype, block, tiles, n, members, full),
             ):
                 cases[f"{case.name} {case.configuration}"] = case
+    for dtype, (members, full) in product((torch.bfloat16, torch.float16), FORMS):
+        case = _fused_case(dtype, members, full)
+        cases[f"{case.name} {case.configuration}"] = case
     for dtype, block, k in product(TYPES, rank_blocks(Family.GROUPED), widths_in):
         case = _gradient_case(dtype, block, k)
         cases[f"{case.name} {case.configuration}"] = case
@@ -101,6 +105,34 @@ def _expand_case(
             }
         ),
         expects_dot=family is not Family.ROWS and dtype is not torch.float32,
+    )
+
+
+def _fused_case(dtype: torch.dtype, members: int, full: bool) -> CompileCase:
+    value = f"*{TRITON_TYPES[dtype]}"
+    pointers = dict.fromkeys(("y_ptr", "x_ptr", "a_ptr", "b_ptr"), value) | {"scale_ptr": "*fp32"} | _TABLES
+    epilogue = {"mid_bias_ptr": "*fp32"} | dict.fromkeys(_VECTORS, value)
+    widths = dict.fromkeys(("K", "N_0", "N_1", "N_2", "y_stride_0", "y_stride_1", "y_stride_2"), "i32")
+    of_members = (
+        "a_step_1",
+        "a_step_2",
+        "scale_step_1",
+        "scale_step_2",
+        "b_step_1",
+        "b_step_2",
+        "y_step_1",
+        "y_step_2",
+    )
+    steps = _TABLE_STEPS | dict.fromkeys(of_members, "i64")
+    used = pointers | (epilogue if full else {})
+    sizes = {"BLOCK_R": 16, "BLOCK_K": FUSED_RULE.block_k, "BLOCK_N": FUSED_RULE.block_n}
+    return CompileCase(
+        kernel=kernels.fused_rows,
+        signature=used | {"y_rows": "i32", "pool_rows": "i32"} | _COUNTS | widths | steps,
+        constants=sizes | {"MEMBERS": members, "ACTIVATED": full} | ({} if full else dict.fromkeys(epilogue)),
+        warps=FUSED_RULE.warps,
+        stages=FUSED_RULE.stages,
+        aligned=frozenset({*used, *widths, *steps}),
     )
 
 

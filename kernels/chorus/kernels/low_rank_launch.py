@@ -14,7 +14,16 @@ from torch import Tensor
 
 from chorus.kernels import triton_low_rank as kernels
 from chorus.kernels.low_rank_tables import Geometry, TileGroup
-from chorus.kernels.tuning import Family, LowRankTiles, arch_of, block_rows, gradient_rule, low_rank_tiles
+from chorus.kernels.tuning import (
+    FUSED_RULE,
+    Family,
+    LowRankTiles,
+    arch_of,
+    block_rows,
+    gradient_rule,
+    is_fused,
+    low_rank_tiles,
+)
 from chorus.kernels.types import Epilogue
 
 MEMBERS = 3
@@ -80,7 +89,7 @@ def low_rank_keeping_s_op(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, mid_scale: Tensor, tables: Tensor, geometry: Sequence[int]
 ) -> Tensor:
     """The same, and s [T, columns] float32, 0 where a row has no such rank lane: what the backward needs."""
-    return _add([Member(y, a, b, mid_scale, tables, Geometry.of(geometry))], x, _zero_workspace).sum(0)
+    return _add([Member(y, a, b, mid_scale, tables, Geometry.of(geometry))], x, _zero_workspace, may_fuse=False).sum(0)
 
 
 @low_rank_keeping_s_op.register_fake
@@ -127,10 +136,17 @@ def _unpacked(geometries: Sequence[int]) -> Iterator[Geometry]:
         at += 1 + length
 
 
-def _add(members: Sequence[Member], x: Tensor, workspace: Callable[[int, int, int, torch.device], Tensor]) -> Tensor:
-    """Both launches for each family and rank block of the members. Returns the partial sums."""
+def _add(
+    members: Sequence[Member],
+    x: Tensor,
+    workspace: Callable[[int, int, int, torch.device], Tensor],
+    *,
+    may_fuse: bool = True,
+) -> Tensor:
+    """The launches of each family and rank block of the members. Returns the partial sums of what is not fused."""
     arch = arch_of(x.device)
-    width = _widest([member.y.shape[1] for member in members])
+    widths = [member.y.shape[1] for member in members]
+    width = _widest(widths)
     kinds = sorted({(group.family, group.block_rank) for member in members for group in member.how.groups})
     tiles = [low_rank_tiles(family, x.shape[1], width, x.dtype, arch) for family, _ in kinds]
     columns = max(member.how.columns for member in members)
@@ -138,6 +154,9 @@ def _add(members: Sequence[Member], x: Tensor, workspace: Callable[[int, int, in
     with torch.cuda.device_of(x):
         for kind, kind_tiles in zip(kinds, tiles, strict=True):
             own = [(m, g) for m in members for g in m.how.groups if (g.family, g.block_rank) == kind]
+            if may_fuse and is_fused(kind[0], max(g.expand_count for _, g in own), x.shape[1], widths, x.dtype):
+                _fused(x, own)
+                continue
             if any(group.shrink_count for _, group in own):  # none where rows have vectors alone
                 _shrink(partial, x, own, columns, kind_tiles)
             _expand(partial, own, columns, kind_tiles)
@@ -213,6 +232,35 @@ def _expand(partial: Tensor, own: Sequence[Own], columns: int, tiles: LowRankTil
         MEMBERS=len(own),
         ACTIVATED=any(member.how.activated for member in members),
         **launch_options(tiles.expand_warps, tiles.expand_stages),
+    )
+
+
+def _fused(x: Tensor, own: Sequence[Own]) -> None:
+    members, widths = [member for member, _ in own], [member.y.shape[1] for member, _ in own]
+    kernels.fused_rows[(max(group.expand_count for _, group in own), -(-max(widths) // FUSED_RULE.block_n), len(own))](
+        y_ptr=members[0].y,
+        x_ptr=x,
+        a_ptr=members[0].a,
+        scale_ptr=members[0].mid_scale,
+        b_ptr=members[0].b,
+        **_tables(own, [group.expand_at for _, group in own]),
+        **_each("count", [group.expand_count for _, group in own]),
+        **_steps("a", [member.a for member in members]),
+        **_steps("scale", [member.mid_scale for member in members]),
+        **_steps("b", [member.b for member in members]),
+        **_steps("y", [member.y for member in members]),
+        **_each("y_stride", [member.y.stride(0) for member in members]),
+        **_each("N", widths),
+        **{f"{name}_ptr": tensor for name, tensor in members[0].epilogue._asdict().items()},
+        y_rows=x.shape[0],
+        pool_rows=members[0].a.shape[0],
+        K=x.shape[1],
+        BLOCK_R=own[0][1].block_rank,
+        BLOCK_K=FUSED_RULE.block_k,
+        BLOCK_N=FUSED_RULE.block_n,
+        MEMBERS=len(own),
+        ACTIVATED=any(member.how.activated for member in members),
+        **launch_options(FUSED_RULE.warps, FUSED_RULE.stages),
     )
 
 

@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from chorus.kernels.tuning import Family, block_rows, family_of, rank_block
@@ -81,7 +82,14 @@ class LowRankTables:
         ValueError: a segment's pool rows are not whole pages in order, or the batch exceeds the capacity.
     """
 
-    def __init__(self, segments: Sequence[LowRankSegment], device: torch.device, capacity: Capacity | None) -> None:
+    def __init__(
+        self,
+        segments: Sequence[LowRankSegment],
+        device: torch.device,
+        capacity: Capacity | None,
+        *,
+        buffer: Tensor | None = None,
+    ) -> None:
         self._capacity = capacity
         used = [s for s in segments if s.acts]
         self.geometry = _geometry(used) if capacity is None else _worst_case(capacity)
@@ -89,7 +97,18 @@ class LowRankTables:
         self._check(used)
         self._used = used
         self._gradient: tuple[int, Tensor] | None = None
-        self.buffer = _on_device(_fill(used, self.geometry, capacity), device)
+        self.buffer = _on_device(_fill(used, self.geometry, capacity), device) if buffer is None else buffer
+
+    @classmethod
+    def together(cls, batches: Sequence[Sequence[LowRankSegment]], device: torch.device) -> list["LowRankTables"]:
+        """Tables of several batches, in one upload."""
+        hosts = []
+        for segments in batches:
+            used = [s for s in segments if s.acts]
+            host = _fill(used, _geometry(used), None)
+            hosts.append(F.pad(host, (0, _aligned(host.numel()) - host.numel())))
+        parts = _on_device(torch.cat(hosts), device).split([host.numel() for host in hosts]) if hosts else ()
+        return [cls(s, device, None, buffer=part) for s, part in zip(batches, parts, strict=True)]
 
     def rewrite(self, segments: Sequence[LowRankSegment]) -> None:
         """Writes another batch into the same buffer, on the current stream and without waiting."""

@@ -270,6 +270,59 @@ def expand_tiles(
     tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit(do_not_specialize=["y_rows", "pool_rows", "count_0", "count_1", "count_2"])
+def fused_rows(
+    y_ptr, x_ptr, a_ptr, scale_ptr, b_ptr, tiles_ptr, pages_ptr,
+    mid_bias_ptr, out_bias_ptr, out_scale_ptr, row_scale_ptr, row_add_ptr,
+    y_rows, pool_rows, K,
+    count_0, count_1, count_2, tiles_step_1, tiles_step_2, pages_step_1, pages_step_2,
+    a_step_1, a_step_2, scale_step_1, scale_step_2,
+    b_step_1, b_step_2, y_step_1, y_step_2, y_stride_0, y_stride_1, y_stride_2, N_0, N_1, N_2,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, MEMBERS: tl.constexpr,
+    ACTIVATED: tl.constexpr,
+):  # fmt: skip
+    """`expand_rows`, each program with a whole shrink of its own before it: one launch. The expand's grid and tiles."""
+    if tl.program_id(0) >= _of_member(count_0, count_1, count_2, MEMBERS):
+        return
+    tiles_ptr += _of_member(0, tiles_step_1, tiles_step_2, MEMBERS)
+    pages_ptr += _of_member(0, pages_step_1, pages_step_2, MEMBERS)
+    a_ptr += _of_member(0, a_step_1, a_step_2, MEMBERS)
+    scale_ptr += _of_member(0, scale_step_1, scale_step_2, MEMBERS)
+    b_ptr += _of_member(0, b_step_1, b_step_2, MEMBERS)
+    y_ptr += _of_member(0, y_step_1, y_step_2, MEMBERS)
+    y_stride = _of_member(y_stride_0, y_stride_1, y_stride_2, MEMBERS)
+    N = _of_member(N_0, N_1, N_2, MEMBERS)
+    if tl.program_id(1) * BLOCK_N >= N:
+        return
+    row, rows, first_page, rank, _ = _tile(tiles_ptr)
+    if rows == 0:
+        return
+    tl.device_assert(row < y_rows, "a tile lies outside of y")
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
+    y_at = y_ptr + row.to(tl.int64) * y_stride + n
+    base = tl.load(y_at, mask=n < N, other=0.0)
+    x_row_ptr = x_ptr + row.to(tl.int64) * K
+    delta = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(0, rank, BLOCK_R):
+        lane = first + tl.arange(0, BLOCK_R)  # [R]
+        pool_row, held = _pool_rows(pages_ptr, first_page, lane, rank, pool_rows)
+        b_at = b_ptr + pool_row[:, None] * N + n[None, :]
+        b = tl.load(b_at, mask=held[:, None] & (n < N)[None, :], other=0.0)  # [R, N], asked for before the shrink
+        sums = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)  # [K]
+            x = tl.load(x_row_ptr + k, mask=k < K, other=0.0).to(tl.float32)  # [K]
+            a_at = a_ptr + pool_row[:, None] * K + k[None, :]
+            a = tl.load(a_at, mask=held[:, None] & (k < K)[None, :], other=0.0)  # [R, K]
+            sums += a.to(tl.float32) * x[None, :]
+        scale = tl.load(scale_ptr + pool_row, mask=held, other=0.0)  # [R]
+        s = tl.where(lane < rank, tl.sum(sums, axis=1) * scale, 0.0)
+        s = _between(s, mid_bias_ptr, pool_row, lane, rank, tiles_ptr, ACTIVATED)
+        delta += tl.sum(s[:, None] * b.to(tl.float32), axis=0)
+    total = _finished(base, delta, out_bias_ptr, out_scale_ptr, row_scale_ptr, row_add_ptr, n, N, tiles_ptr)
+    tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=n < N)
+
+
 @triton.jit(do_not_specialize=["x_rows", "pool_rows"])
 def weight_gradient(
     x_ptr, s_ptr, out_ptr, tiles_ptr, pages_ptr, x_rows, pool_rows, K, columns,

@@ -7,7 +7,7 @@ Choices depend on the family and on K, N and dtype of a site, never on how many 
 split the same way in every batch that puts it into the same family.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -87,6 +87,19 @@ class GradientRule:
     evidence: str
 
 
+@dataclass(frozen=True, slots=True)
+class FusedRule:
+    """One launch in place of two for up to `rows_up_to` rows of the family ROWS and x of up to `k_up_to` columns."""
+
+    rows_up_to: int
+    k_up_to: int
+    block_k: int
+    block_n: int
+    warps: int
+    stages: int
+    evidence: str
+
+
 FAMILY_RULES = (
     FamilyRule(Family.ROWS, 2, 1, 16, "predicted: A is read once a row; from 3 rows on a 16-row tile reads less"),
     FamilyRule(Family.SMALL, 32, 16, 16, "predicted: up to 2 tiles read A twice, from L2; a 64-row tile is half empty"),
@@ -141,6 +154,13 @@ GRADIENT_RULES = (
 )
 
 
+FUSED_RULE = FusedRule(
+    4, 4096, 512, 512, 8, 2,
+    "predicted: a program reads all of A, 128 KB at K 4096 and rank 16, in 1.2 us from L2 (64 bytes a clock and SM); a"
+    " launch and its chain of loads less is worth 2 us. At 16 rows and N 4096 that is 17 MB from L2, 3 us: no gain",
+)  # fmt: skip
+
+
 class LowRankTiles(NamedTuple):
     """What the two launches of one family need to know besides the tables."""
 
@@ -183,6 +203,13 @@ def low_rank_tiles(family: Family, k: int, n: int, dtype: torch.dtype, arch: str
     return LowRankTiles(
         shrink.block_k, shrink.split_k, shrink.warps, shrink.stages, expand.block_n, expand.warps, expand.stages
     )
+
+
+def is_fused(family: Family, rows: int, k: int, widths: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether `rows` rows of a family are one launch. Odd widths and float32 are not: nothing is gained for them."""
+    rule = FUSED_RULE
+    small = family is Family.ROWS and rows <= rule.rows_up_to and k <= rule.k_up_to
+    return small and dtype.itemsize == 2 and all(width % 16 == 0 for width in (k, *widths))
 
 
 def gradient_rule(k: int, dtype: torch.dtype) -> GradientRule:

@@ -110,8 +110,7 @@ class AdapterPool:
         if key in self._plans:
             self._plans.move_to_end(key)
             return self._plans[key]
-        by_layout: dict[tuple[LowRankSegment, ...], LowRankPlan] = {}
-        plans: dict[str, LowRankPlan] = {}
+        layouts: dict[str, tuple[LowRankSegment, ...]] = {}
         for name in self.pools:
             layout = tuple(
                 LowRankSegment(s.start, s.end, rows)
@@ -119,7 +118,10 @@ class AdapterPool:
                 if (rows := self._slots[s.slot].get(name)) is not None
             )
             if layout:
-                plans[name] = by_layout.get(layout) or by_layout.setdefault(layout, LowRankPlan(layout, self._device))
+                layouts[name] = layout
+        distinct = list(dict.fromkeys(layouts.values()))
+        by_layout = dict(zip(distinct, LowRankPlan.together(distinct, self._device), strict=True))
+        plans = {name: by_layout[layout] for name, layout in layouts.items()}
         self._plans[key] = plans
         if len(self._plans) > _PLANS_KEPT:
             self._plans.popitem(last=False)

@@ -53,6 +53,16 @@ def test_splits_of_several_blocks_of_k(dtype: torch.dtype, k: int) -> None:
     check(batch_of([(1, 16), (3, 8)]), 4, k, 16, dtype)
 
 
+def test_plans_of_one_upload_are_as_plans_alone() -> None:
+    batches = [batch_of([(1, 8), (3, 24)]), [], batch_of([(20, 40)], scatter=1), batch_of([(1, 16)] * 7)]
+    plans = LowRankPlan.together(batches, CPU, triton=True)
+    for segments, plan in zip(batches, plans, strict=True):
+        assert plan.tables is not None
+        assert plan.tables.buffer.data_ptr() % 16 == 0
+        check(segments, 24, 48, 33, torch.float32, plan=plan)
+    assert len({plan.tables.buffer.untyped_storage().data_ptr() for plan in plans if plan.tables}) == 1
+
+
 @pytest.mark.parametrize("family", Family)
 def test_the_largest_batch_of_a_capacity(family: Family) -> None:
     """Every row another adapter's, each of the largest rank: nothing is left out, whatever the tables held before."""
@@ -66,6 +76,36 @@ def test_the_largest_batch_of_a_capacity(family: Family) -> None:
         plan.rewrite(segments)
         assert plan.tables.buffer is buffer
         check(segments, rows, 48, 33, torch.float32, plan=plan)
+
+
+def test_few_rows_are_one_launch_and_more_are_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    from chorus.kernels import low_rank_launch
+
+    launched: list[str] = []
+    for name in ("_fused", "_shrink", "_expand"):
+        plain = getattr(low_rank_launch, name)
+        monkeypatch.setattr(
+            low_rank_launch, name, lambda *given, name=name, plain=plain: (launched.append(name), plain(*given))
+        )
+    check(batch_of([(1, 8), (2, 24)]), 3, 64, 48, torch.bfloat16)
+    assert launched == ["_fused"] * 2
+    launched.clear()
+    check(batch_of([(1, 8)] * 5), 5, 64, 48, torch.bfloat16)
+    assert launched == ["_shrink", "_expand"] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_members_of_a_group_of_few_rows_are_one_launch(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    segments = batch_of([(1, 8), (1, 0), (2, 40)])
+    plans = [LowRankPlan(segments, CPU, triton=True), LowRankPlan(segments[1:], CPU, triton=True)]
+    pools = [make_pool(64, n, dtype, generator, pages=8) for n in (48, 96)]
+    x, wide = (torch.randn(4, width, generator=generator).to(dtype) for width in (64, 144))
+    ys = wide.split([48, 96], dim=1)
+    expected = [dense(y, x, pool, plan.segments) for y, pool, plan in zip(ys, pools, plans, strict=True)]
+    low_rank_group(ys, x, pools, plans)
+    for got, wanted in zip(ys, expected, strict=True):
+        assert float((got.double() - wanted).pow(2).mean().sqrt()) <= 4e-3 * float(wanted.pow(2).mean().sqrt())
 
 
 def test_members_of_a_group_add_to_their_columns_alone() -> None:

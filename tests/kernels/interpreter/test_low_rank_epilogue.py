@@ -34,6 +34,19 @@ def test_any_part_of_an_epilogue_equals_the_definition(kept: tuple[str, ...], dt
     assert torch.equal(got, again)
 
 
+def test_few_rows_carry_an_epilogue_too() -> None:
+    """In the one launch that they are."""
+    generator = torch.Generator().manual_seed(0)
+    pool = make_pool(K, 64, torch.bfloat16, generator, pages=PAGES)
+    x, y = torch.randn(4, K, generator=generator).bfloat16(), torch.randn(4, 64, generator=generator).bfloat16()
+    segments = segments_of([(1, 16, Activation.GELU, 0), (1, 40, Activation.NONE, None), (1, 0, Activation.NONE, 2)])
+    epilogue = make_epilogue(PAGES * 8, 64, torch.bfloat16, generator)
+    expected = defined(y, x, pool, segments, epilogue)
+    got = low_rank(y.clone(), x, pool, LowRankPlan(segments, CPU, triton=True), epilogue)
+    error = (got.double() - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()
+    assert float(error) <= BOUND[torch.bfloat16][0]
+
+
 def test_a_capacity_says_whether_batches_have_activations() -> None:
     segments = segments_of([(1, 8, Activation.RELU, None)])
     LowRankPlan([], CPU, triton=True, capacity=Capacity(4, 8, Family.ROWS, activated=True)).rewrite(segments)
