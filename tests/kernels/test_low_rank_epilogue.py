@@ -88,5 +88,7 @@ def test_what_has_no_gradient_is_refused_by_name() -> None:
     x.requires_grad_()
     with pytest.raises(ValueError, match="epilogue: has no backward"):
         low_rank(y, x, pool, LowRankPlan([LowRankSegment(0, 2, (0,), vector=1)], CPU), epilogue)
+    with pytest.raises(ValueError, match="epilogue: has no backward"):
+        low_rank(y, x.detach(), pool, LowRankPlan([], CPU), Epilogue(mid_bias=torch.zeros(PAGES * 8).requires_grad_()))
     with pytest.raises(ValueError, match="segments: activations have no backward"):
         low_rank(y, x, pool, LowRankPlan([LowRankSegment(0, 2, (0,), Activation.TANH)], CPU))

@@ -1,11 +1,12 @@
-"""low_rank on a CUDA device, against dense float64 math; and replayed in a CUDA graph."""
+"""low_rank on a CUDA device, alone, grouped, with an epilogue, against float64 math; and replayed in a CUDA graph."""
 
 import pytest
 import torch
 
-from chorus.kernels import LowRankPlan, RankPool, low_rank
+from chorus.kernels import Activation, Epilogue, LowRankPlan, RankPool, low_rank, low_rank_group
 from chorus.kernels.low_rank_tables import Capacity
 from chorus.kernels.tuning import Family
+from support.epilogue import MIXED, defined, make_epilogue, segments_of
 from support.low_rank import BOUND, LAYOUTS, batch_of, check, dense, make_pool
 
 CUDA = torch.device("cuda")
@@ -22,6 +23,40 @@ def test_low_rank_equals_dense_float64_math(
 ) -> None:
     total = sum(rows for rows, _ in layout) + 1
     check(batch_of(layout, scatter=3), total, k, n, dtype, from_zero=from_zero, device=CUDA)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_members_of_a_group_add_to_their_columns_alone(layout: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    segments, widths = batch_of(layout), [1024, 256, 272]
+    total, pages = sum(rows for rows, _ in layout) + 1, sum(-(-rank // 8) for _, rank in layout)
+    pools = [make_pool(1024, n, dtype, generator, pages=pages) for n in widths]
+    x, wide = (torch.randn(total, n, generator=generator).to(dtype) for n in (1024, sum(widths)))
+    expected = [dense(y, x, pool, segments) for y, pool in zip(wide.split(widths, dim=1), pools, strict=True)]
+    ys = wide.cuda().split(widths, dim=1)
+    plan = LowRankPlan(segments, CUDA)
+    low_rank_group(ys, x.cuda(), [RankPool(*(tensor.cuda() for tensor in pool)) for pool in pools], [plan] * 3)
+    for got, wanted in zip(ys, expected, strict=True):
+        error = (got.cpu().double() - wanted).pow(2).mean().sqrt()
+        assert float(error) <= BOUND[dtype][0] * float(wanted.pow(2).mean().sqrt())
+
+
+@pytest.mark.parametrize("layout", [MIXED, [row for row in MIXED if row[0] == 1][:3]], ids=["mixed", "a few rows"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_epilogue_equals_the_definition(
+    layout: list[tuple[int, int, Activation, int | None]], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pool = make_pool(256, 512, dtype, generator, pages=16)
+    x = (torch.randn(53, 256, generator=generator) / 16).to(dtype)
+    y = torch.randn(53, 512, generator=generator).to(dtype)
+    segments, epilogue = segments_of(layout), make_epilogue(128, 512, dtype, generator)
+    there, around = RankPool(*(t.cuda() for t in pool)), Epilogue(*(t.cuda() for t in epilogue if t is not None))
+    got = low_rank(y.cuda(), x.cuda(), there, LowRankPlan(segments, CUDA), around).cpu()
+    expected = defined(y, x, pool, segments, epilogue)
+    error = (got.double() - expected).pow(2).mean().sqrt()
+    assert float(error) <= BOUND[dtype][0] * float(expected.pow(2).mean().sqrt())
 
 
 def test_a_graph_replays_other_batches_of_its_capacity() -> None:

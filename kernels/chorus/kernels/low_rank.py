@@ -51,6 +51,7 @@ class LowRankPlan:
         self.tables = None
         if runs_triton:
             self.tables = tables or LowRankTables(self.segments, device, capacity)
+            self.device = self.tables.buffer.device
 
     @classmethod
     def together(
@@ -92,7 +93,7 @@ def low_rank(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan, epilogue: 
     runs_triton = plan.tables is not None and x.dim() == 2 and y.dtype in TRITON_DTYPES
     if runs_triton:
         check_for_triton(x, pool, epilogue, plan.device)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *pool)):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (y, x, *pool, *(epilogue or ()))):
         return _with_gradient(y, x, pool, plan, runs_triton, epilogue)
     if runs_triton:
         return _on_triton(y, x, pool, plan, epilogue)

@@ -79,7 +79,7 @@ def check_epilogue(y: Tensor, pool: RankPool, needs: Needs, epilogue: Epilogue |
 
 def check_for_triton(x: Tensor, pool: RankPool, epilogue: Epilogue | None, device: torch.device) -> None:
     """Raises ValueError for what the kernels take no strides or other types for."""
-    if x.device.type != device.type:
+    if x.device != device:
         raise ValueError(f"x: on {x.device}, the plan is on {device}")
     for name, tensor in pool._asdict().items():
         if not tensor.is_contiguous():
