@@ -1,5 +1,7 @@
 """low_rank on Triton, in the interpreter, against dense float64 math from the definition."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -82,11 +84,16 @@ def test_few_rows_are_one_launch_and_more_are_two(monkeypatch: pytest.MonkeyPatc
     from chorus.kernels import low_rank_launch
 
     launched: list[str] = []
+
+    def noted(name: str, plain: Callable[..., None]) -> Callable[..., None]:
+        def launch(*given: object) -> None:
+            launched.append(name)
+            plain(*given)
+
+        return launch
+
     for name in ("_fused", "_shrink", "_expand"):
-        plain = getattr(low_rank_launch, name)
-        monkeypatch.setattr(
-            low_rank_launch, name, lambda *given, name=name, plain=plain: (launched.append(name), plain(*given))
-        )
+        monkeypatch.setattr(low_rank_launch, name, noted(name, getattr(low_rank_launch, name)))
     check(batch_of([(1, 8), (2, 24)]), 3, 64, 48, torch.bfloat16)
     assert launched == ["_fused"] * 2
     launched.clear()
@@ -102,7 +109,7 @@ def test_members_of_a_group_of_few_rows_are_one_launch(dtype: torch.dtype) -> No
     pools = [make_pool(64, n, dtype, generator, pages=8) for n in (48, 96)]
     x, wide = (torch.randn(4, width, generator=generator).to(dtype) for width in (64, 144))
     ys = wide.split([48, 96], dim=1)
-    expected = [dense(y, x, pool, plan.segments) for y, pool, plan in zip(ys, pools, plans, strict=True)]
+    expected = [dense(y, x, pool, list(plan.segments)) for y, pool, plan in zip(ys, pools, plans, strict=True)]
     low_rank_group(ys, x, pools, plans)
     for got, wanted in zip(ys, expected, strict=True):
         assert float((got.double() - wanted).pow(2).mean().sqrt()) <= 4e-3 * float(wanted.pow(2).mean().sqrt())
