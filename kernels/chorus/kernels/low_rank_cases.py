@@ -14,6 +14,7 @@ from chorus.kernels.tuning import (
     Family,
     LowRankTiles,
     block_rows,
+    expand_lanes,
     gradient_rule,
     low_rank_tiles,
     rank_blocks,
@@ -86,6 +87,7 @@ def _expand_case(
     widths = dict.fromkeys(("N_0", "N_1", "N_2", "y_stride_0", "y_stride_1", "y_stride_2"), "i32")
     steps = _TABLE_STEPS | dict.fromkeys(("b_step_1", "b_step_2"), "i64")
     columns = dict.fromkeys(("y_step_1", "y_step_2"), "i64")
+    block, stages = expand_lanes(block, tiles.expand_stages, dtype, between=full)
     rows = {} if family is Family.ROWS else {"BLOCK_M": block_rows(family)}
     return CompileCase(
         kernel=kernels.expand_rows if family is Family.ROWS else kernels.expand_tiles,
@@ -94,7 +96,7 @@ def _expand_case(
         | {"BLOCK_R": block, "BLOCK_N": tiles.block_n, "SPLIT_K": tiles.split_k, "MEMBERS": members, "ACTIVATED": full}
         | ({} if full else dict.fromkeys(epilogue)),
         warps=tiles.expand_warps,
-        stages=tiles.expand_stages,
+        stages=stages,
         aligned=frozenset(
             {
                 *pointers,

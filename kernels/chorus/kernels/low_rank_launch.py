@@ -20,6 +20,7 @@ from chorus.kernels.tuning import (
     LowRankTiles,
     arch_of,
     block_rows,
+    expand_lanes,
     gradient_rule,
     is_fused,
     low_rank_tiles,
@@ -208,6 +209,9 @@ def _shrink(partial: Tensor, x: Tensor, own: Sequence[Own], columns: int, tiles:
 def _expand(partial: Tensor, own: Sequence[Own], columns: int, tiles: LowRankTiles) -> None:
     family, members = own[0][1].family, [member for member, _ in own]
     widths = [member.y.shape[1] for member in members]
+    activated = any(member.how.activated for member in members)
+    between = activated or members[0].epilogue.mid_bias is not None
+    lanes, stages = expand_lanes(own[0][1].block_rank, tiles.expand_stages, members[0].y.dtype, between=between)
     kernel = kernels.expand_rows if family is Family.ROWS else kernels.expand_tiles
     kernel[(max(group.expand_count for _, group in own), -(-max(widths) // tiles.block_n), len(own))](
         y_ptr=members[0].y,
@@ -226,12 +230,12 @@ def _expand(partial: Tensor, own: Sequence[Own], columns: int, tiles: LowRankTil
         member_columns=columns,
         split_stride=partial.stride(0),
         **_block_m(family),
-        BLOCK_R=own[0][1].block_rank,
+        BLOCK_R=lanes,
         BLOCK_N=tiles.block_n,
         SPLIT_K=tiles.split_k,
         MEMBERS=len(own),
-        ACTIVATED=any(member.how.activated for member in members),
-        **launch_options(tiles.expand_warps, tiles.expand_stages),
+        ACTIVATED=activated,
+        **launch_options(tiles.expand_warps, stages),
     )
 
 

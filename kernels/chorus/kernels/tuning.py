@@ -189,6 +189,17 @@ def rank_block(family: Family, rank: int) -> int:
     return next((b for b in smaller if rank <= b), largest)
 
 
+def expand_lanes(block: int, stages: int, dtype: torch.dtype, *, between: bool) -> tuple[int, int]:
+    """Rank lanes that the expand takes at a time of tiles cut at `block`, and its stages.
+
+    With an activation or a bias between the products 64 lanes of 64 rows spill: in float32 on sm80 (464 bytes; 32 lanes
+    16 bytes), in bf16 on gfx942 at odd widths; 16 lanes in two stages on sm90 and sm100 in float32 (16 bytes).
+    """
+    if not between:
+        return block, stages
+    return (min(block, 16), 1) if dtype.itemsize == 4 else (min(block, 32), stages)
+
+
 def low_rank_tiles(family: Family, k: int, n: int, dtype: torch.dtype, arch: str) -> LowRankTiles:
     """The first rows of the tables that fit; every dtype of 2 or 4 bytes has one.
 
