@@ -31,7 +31,7 @@ def test_gated_products_are_their_definition(
     ("operator", "activation", "name"), [(silu_mul, "silu", "silu"), (gelu_tanh_mul, "gelu_tanh", "gelu_pytorch_tanh")]
 )
 def test_they_have_the_bits_of_transformers(
-    operator: Operator, activation: reference.Activation, name: str, dtype: torch.dtype
+    operator: Operator, activation: reference.GatedActivation, name: str, dtype: torch.dtype
 ) -> None:
     gate, up = noise(0, 5, 48).to(dtype), noise(1, 5, 48).to(dtype)
     expected = ACT2FN[name](gate) * up
