@@ -61,7 +61,7 @@ def _(
 def _linear(
     out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, tiles: Tensor, count: int, layer_rows: int, activation: str
 ) -> None:
-    tile = head_tile(x.dtype, dense=layer_rows > 0)
+    tile = head_tile(x.dtype, x.shape[1], dense=layer_rows > 0)
     kernels.segment_linear[(count, -(-out.shape[1] // tile.block_n))](
         x_ptr=x,
         weight_ptr=weight,

@@ -1,22 +1,26 @@
 """What the kernels that work row by row are compiled with, without a GPU: every row of their tuning tables."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from chorus.kernels import reference, triton_pointwise, triton_rope_store, triton_row_ops
 from chorus.kernels.compile_case import TRITON_TYPES, CompileCase
-from chorus.kernels.pointwise_tuning import GATED, NORMS, ROPE_WARPS, ROW_UPDATE, RowTile, rope_heads
+from chorus.kernels.pointwise_tuning import GATED, NORMS, ROPE_WARPS, ROW_UPDATE, RowTile, rope_heads, widest_norm
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def compile_cases(arch: str) -> Iterator[CompileCase]:
-    """Each type at widths that are multiples of 16, bfloat16 at others too."""
+    """Each type at widths that are multiples of 16, bfloat16 at odd ones too."""
     for dtype in TYPES:
         yield from _row_update_cases(dtype)
         yield from (_gated_case(dtype, activation) for activation in ("silu", "gelu_tanh"))
+    yield from (_odd(case) for case in (*_row_update_cases(torch.bfloat16), _gated_case(torch.bfloat16, "silu")))
     for tile in NORMS:
+        if tile.columns <= widest_norm(1):
+            yield _odd(_norm_case(torch.bfloat16, tile, "layer", pooled=True))
         yield _norm_case(torch.bfloat16, tile, "rms", pooled=False)
         yield _norm_case(torch.float32, tile, "layer", pooled=True)
     for kind, pooled in (("rms", True), ("rms_plus_one", False), ("layer", True)):
@@ -31,6 +35,11 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
         (torch.float32, 128, 128, "rms", False),
     ):
         yield _rope_case(dtype, dim, rotary, kind, interleaved)
+
+
+def _odd(case: CompileCase) -> CompileCase:
+    """The same over rows that begin anywhere, whose values are loaded one by one."""
+    return replace(case, aligned=frozenset(name for name in case.aligned if name.endswith("_ptr")))
 
 
 def _row_update_cases(dtype: torch.dtype) -> Iterator[CompileCase]:

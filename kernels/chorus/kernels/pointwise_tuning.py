@@ -27,7 +27,11 @@ NORMS = (
     RowTile(8192, 16, "predicted: as 4096"),
     RowTile(16384, 16, "predicted: 64 bytes a thread; the values stay in registers between the passes"),
 )
-WIDEST_NORM = NORMS[-1].columns
+
+
+def widest_norm(width: int) -> int:
+    """Columns that a row of `width` may have: 16384 values loaded one by one spill."""
+    return NORMS[-1 if width % 16 == 0 else -2].columns
 
 
 ROPE_VALUES, ROPE_WARPS = 1024, 4
@@ -41,7 +45,7 @@ def rope_heads(dim: int) -> int:
 
 
 def norm_tile(width: int) -> RowTile:
-    """The tile of rows of `width` columns, WIDEST_NORM at most, with its columns as few as hold them."""
+    """The tile of rows of `width` columns, `widest_norm` at most, with its columns as few as hold them."""
     tile = next(t for t in NORMS if width <= t.columns)
     return RowTile(1 << (width - 1).bit_length(), tile.warps, tile.evidence)
 
@@ -53,9 +57,13 @@ per-token heads read their few label rows again, from L2."""
 
 @dataclass(frozen=True, slots=True)
 class HeadTile:
-    """Outputs of a program and K at a time, for values of `itemsize` bytes, in a dense layer or a head."""
+    """Outputs of a program and K at a time, for values of `itemsize` bytes, in a dense layer or a head.
+
+    `vectors` is False for a K that is no multiple of 16: its rows begin anywhere, so they are loaded one by one.
+    """
 
     itemsize: int
+    vectors: bool
     dense: bool
     block_n: int
     block_k: int
@@ -65,14 +73,20 @@ class HeadTile:
 
 
 _FMA = "fp32 is for exactness: it runs on FMA, and larger tiles spill"
+_ODD = "an odd K is for small models and tests: larger tiles spill"
 HEAD_TILES = (
-    HeadTile(2, True, 32, 128, 4, 3, "predicted: 8 KB of weights a stage; K of 768 is 24 programs a tile"),
-    HeadTile(2, False, 16, 128, 4, 3, "predicted: most heads have under 16 labels; 4 KB of weights a stage"),
-    HeadTile(4, True, 16, 64, 4, 2, _FMA),
-    HeadTile(4, False, 16, 64, 4, 2, _FMA),
+    HeadTile(2, True, True, 32, 128, 4, 3, "predicted: 8 KB of weights a stage; K of 768 is 24 programs a tile"),
+    HeadTile(2, True, False, 16, 128, 4, 3, "predicted: most heads have under 16 labels; 4 KB of weights a stage"),
+    HeadTile(2, False, True, 16, 64, 4, 2, _ODD),
+    HeadTile(2, False, False, 16, 64, 4, 2, _ODD),
+    HeadTile(4, True, True, 16, 64, 4, 2, _FMA),
+    HeadTile(4, True, False, 16, 64, 4, 2, _FMA),
+    HeadTile(4, False, True, 16, 64, 4, 2, _FMA),
+    HeadTile(4, False, False, 16, 64, 4, 2, _FMA),
 )
 
 
-def head_tile(dtype: torch.dtype, *, dense: bool) -> HeadTile:
+def head_tile(dtype: torch.dtype, k: int, *, dense: bool) -> HeadTile:
     """The row of the table that fits; float16, bfloat16 and float32 have one."""
-    return next(t for t in HEAD_TILES if t.itemsize == dtype.itemsize and t.dense == dense)
+    kind = (dtype.itemsize, k % 16 == 0, dense)
+    return next(t for t in HEAD_TILES if (t.itemsize, t.vectors, t.dense) == kind)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chorus.kernels import reference
-from chorus.kernels.pointwise_tuning import WIDEST_NORM
+from chorus.kernels.pointwise_tuning import widest_norm
 from chorus.kernels.row_ops import TRITON_DTYPES, check_rows
 from chorus.kernels.row_plan import CpuRows, RowPlan
 from chorus.kernels.types import Norm
@@ -45,8 +45,9 @@ def residual_norm(
 def _on_triton(residual: Tensor, x: Tensor | None, norm: Norm, plan: RowPlan | None) -> Tensor:
     from chorus.kernels.pointwise_launch import residual_norm_op  # Triton is not everywhere
 
-    if residual.shape[1] > WIDEST_NORM:
-        raise ValueError(f"residual: rows of {residual.shape[1]}, the kernel takes up to {WIDEST_NORM}")
+    width = residual.shape[1]
+    if width > widest_norm(width):
+        raise ValueError(f"residual: rows of {width}, the kernel takes up to {widest_norm(width)}")
     weights, biases, table, at = None, None, None, 0
     if plan is not None:
         weights, biases, table, at = norm.weights, norm.biases, plan.buffer, 2 * plan.entries

@@ -58,9 +58,10 @@ def test_the_op_is_what_torch_expects_of_ops() -> None:
         torch.library.opcheck(residual_norm_op, (torch.randn(3, 16), x, *given_, *pool, "layer", EPS))
 
 
-def test_rows_wider_than_the_kernel_takes_are_refused() -> None:
-    with pytest.raises(ValueError, match="residual: rows of 16400, the kernel takes up to 16384"):
-        residual_norm(torch.zeros(1, 16400), None, Norm("rms", torch.ones(16400), EPS), triton=True)
+@pytest.mark.parametrize(("width", "widest"), [(16400, 16384), (8193, 8192)])
+def test_rows_wider_than_the_kernel_takes_are_refused(width: int, widest: int) -> None:
+    with pytest.raises(ValueError, match=f"residual: rows of {width}, the kernel takes up to {widest}"):
+        residual_norm(torch.zeros(1, width), None, Norm("rms", torch.ones(width), EPS), triton=True)
 
 
 def test_float64_runs_on_the_specification() -> None:
