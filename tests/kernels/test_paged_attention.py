@@ -1,8 +1,5 @@
 """paged_attention: against torch's own attention on dense float64 keys and values, sequence by sequence."""
 
-from collections.abc import Iterator
-from unittest.mock import patch
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,7 +37,7 @@ def dense(
     heads=st.sampled_from([(1, 1), (4, 2), (6, 1)]),
     window=st.sampled_from([None, 1, 5]),
     cap=st.sampled_from([None, 2.0]),
-    family=st.sampled_from(["specification", "gathered", "pages"]),
+    specification=st.booleans(),
     spare=st.integers(1, 12),
     seed=st.integers(0, 999),
 )
@@ -49,7 +46,7 @@ def test_packed_paged_attention_equals_dense_attention_per_sequence(
     heads: tuple[int, int],
     window: int | None,
     cap: float | None,
-    family: str,
+    specification: bool,
     spare: int,
     seed: int,
 ) -> None:
@@ -77,19 +74,17 @@ def test_packed_paged_attention_equals_dense_attention_per_sequence(
     new_k = torch.cat([k[row.end :] for row, k in zip(olds, keys, strict=True)])
     new_v = torch.cat([v[row.end :] for row, v in zip(olds, values, strict=True)])
     store_kv(new_k, new_v, k_cache, v_cache, plan.slots)
-    if family == "specification":
+    if specification:
         got = reference.paged_attention(query, k_cache, v_cache, rows, scale=0.3, window=window, soft_cap=cap)
     else:
-        with patch("chorus.kernels.paged_attention.LONG_CONTEXT", 1 if family == "pages" else 1000):
-            got = paged_attention(query, k_cache, v_cache, plan, scale=0.3, window=window, soft_cap=cap)
+        got = paged_attention(query, k_cache, v_cache, plan, scale=0.3, window=window, soft_cap=cap)
     for row, k, v in zip(rows, keys, values, strict=True):
         expected = dense(query[row.start : row.end], k, v, 0.3, window, cap)
         torch.testing.assert_close(got[row.start : row.end].double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("long", [1, 2000], ids=["pages", "gathered"])
 @pytest.mark.parametrize(("block", "scattered"), [(16, False), (32, True)])
-def test_decodes_in_bfloat16_stay_within_the_bound(long: int, block: int, scattered: bool) -> None:
+def test_decodes_in_bfloat16_stay_within_the_bound(block: int, scattered: bool) -> None:
     """RMS of the error within 4e-3 of the output's, against float64; rows from one token to a thousand, one pack."""
     generator = torch.Generator().manual_seed(block)
     contexts = [1, 33, 500, 1024]
@@ -100,9 +95,8 @@ def test_decodes_in_bfloat16_stay_within_the_bound(long: int, block: int, scatte
     tables = [[free.pop() for _ in range(-(-context // block))] for context in contexts]
     rows = [AttentionRow(i, i + 1, context, tables[i]) for i, context in enumerate(contexts)]
     query = torch.randn(len(rows), h, d, generator=generator).bfloat16() * 1.5
-    with patch("chorus.kernels.paged_attention.LONG_CONTEXT", long):
-        plan = AttentionPlan(rows, block, CPU)
-        got, again = (paged_attention(query, caches[0], caches[1], plan, scale=d**-0.5).double() for _ in range(2))
+    plan = AttentionPlan(rows, block, CPU)
+    got, again = (paged_attention(query, caches[0], caches[1], plan, scale=d**-0.5).double() for _ in range(2))
     exact = reference.paged_attention(query.double(), caches[0].double(), caches[1].double(), rows, scale=d**-0.5)
     assert (got - exact).square().mean().sqrt() <= 4e-3 * exact.square().mean().sqrt()
     assert (got - exact).abs().max() <= 2e-2 * exact.abs().max()
@@ -115,8 +109,7 @@ def test_rows_that_share_pages_read_the_same() -> None:
     rows = [AttentionRow(0, 1, 10, [3, 1, 0]), AttentionRow(1, 2, 11, [3, 1, 4]), AttentionRow(2, 3, 8, [3, 1])]
     query = torch.randn(3, 2, 8)
     expected = reference.paged_attention(query, k_cache, v_cache, rows, scale=0.5)
-    with patch("chorus.kernels.paged_attention.LONG_CONTEXT", 1):
-        got = paged_attention(query, k_cache, v_cache, AttentionPlan(rows, BLOCK, CPU), scale=0.5)
+    got = paged_attention(query, k_cache, v_cache, AttentionPlan(rows, BLOCK, CPU), scale=0.5)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -133,13 +126,6 @@ def test_store_kv_equals_its_specification_and_stores_nothing_that_overflows() -
     assert torch.equal(caches[0][0][2, :, 1], key[0])
 
 
-@pytest.fixture(params=[1, 1000], ids=["pages", "gathered"])
-def _family(request: pytest.FixtureRequest) -> Iterator[None]:
-    with patch("chorus.kernels.paged_attention.LONG_CONTEXT", request.param):
-        yield
-
-
-@pytest.mark.usefixtures("_family")
 @pytest.mark.parametrize("huge", [float("nan"), float("inf"), 3e38, -3e38])
 def test_keys_and_values_of_one_sequence_reach_no_other(huge: float) -> None:
     """Neither through the page that pads a shorter table, nor through what a page's last owner left in it."""
@@ -159,7 +145,6 @@ def test_keys_and_values_of_one_sequence_reach_no_other(huge: float) -> None:
     assert torch.equal(*outputs)
 
 
-@pytest.mark.usefixtures("_family")
 def test_a_query_with_nan_reaches_no_other_sequence() -> None:
     k_cache, v_cache = torch.randn(4, 1, BLOCK, 8), torch.randn(4, 1, BLOCK, 8)
     plan = AttentionPlan([AttentionRow(0, 1, 3, [1]), AttentionRow(1, 2, 2, [2])], BLOCK, CPU)

@@ -1,19 +1,13 @@
 """`store_kv` and `paged_attention`: a packed batch of decodes and prefill chunks over a paged KV cache.
 
-On CPU all decode rows are one call, of one of two families (see `LONG_CONTEXT`):
-
-- short contexts: pages are gathered into [rows, H_kv, L, D], and SDPA runs with the query heads of a key head folded
-  into the query axis (0.25 ms a call where `enable_gqa` takes 2.1, 16 rows of 96 tokens);
-- long contexts: nothing is gathered (`paged_decode`).
-
-A prefill chunk is a call of its own; one with a soft cap runs on the specification.
+On CPU all decode rows are one call, which gathers nothing (`paged_decode`). A prefill chunk is a call of its own; one
+with a soft cap runs on the specification.
 
 On CUDA the Triton kernels run (`triton_attention`), decodes and chunks in two launches, over tables that the plan
 builds (`attention_tables`).
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +18,6 @@ from chorus.kernels.attention_tables import AttentionTables, Capacity, attention
 from chorus.kernels.attention_tuning import attend_tiles
 from chorus.kernels.paged_decode import DecodePages, decode_by_pages
 from chorus.kernels.types import AttentionRow
-
-# Longest context of a batch from which on its decodes run page by page. 2 cores, 16 rows, 16 heads on 4, D 64, bf16,
-# ms a call gathered / by pages: 0.34 / 0.45 at 128, 1.2 / 1.1 at 512, 3.9 / 2.1 at 1024.
-LONG_CONTEXT = 384
 
 
 class AttentionPlan:
@@ -56,7 +46,6 @@ class AttentionPlan:
         self.prefills = [row for row in self.rows if row.end - row.start > 1]
         self.prefill_blocks = [torch.tensor(_used(row, block_size), device=device) for row in self.prefills]
         self.decode_rows = torch.tensor([row.start for row in self.decodes], dtype=torch.int64, device=device)  # [R]
-        self._visible: dict[int | None, Tensor] = {}
         self._pages: dict[int | None, DecodePages] = {}
 
     def tables(self, group: int, window: int | None) -> AttentionTables:
@@ -66,29 +55,6 @@ class AttentionPlan:
             made = attention_tables(self.rows, self.block_size, group, window, self.slots.device, self._capacity)
             self._tables[key] = made
         return self._tables[key]
-
-    @cached_property
-    def decode_blocks(self) -> Tensor:
-        """Block tables of the decodes as a rectangle, [R, longest]; entry 0 pads, and is masked."""
-        used = [_used(row, self.block_size) for row in self.decodes]
-        longest = max((len(blocks) for blocks in used), default=0)
-        padded = [[*blocks, *[0] * (longest - len(blocks))] for blocks in used]
-        return torch.tensor(padded, dtype=torch.int64, device=self.slots.device)
-
-    @cached_property
-    def has_long_decodes(self) -> bool:
-        return any(row.context >= LONG_CONTEXT for row in self.decodes)
-
-    def decode_visible(self, window: int | None) -> Tensor:
-        """Which cache positions each decode row may see: [R, 1, 1, L], True where it may."""
-        if window not in self._visible:
-            position = torch.arange(self.decode_blocks.shape[1] * self.block_size, device=self.decode_blocks.device)
-            context = torch.tensor([row.context for row in self.decodes], device=self.decode_blocks.device)[:, None]
-            visible = position < context
-            if window is not None:
-                visible &= position >= context - window
-            self._visible[window] = visible[:, None, None, :]
-        return self._visible[window]
 
     def decode_pages(self, window: int | None) -> DecodePages:
         """The pages that the decode rows see some of."""
@@ -104,10 +70,14 @@ def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots
 
         store_kv_op(key, value, k_cache, v_cache, slots)
         return
+    if key.shape[0] == 0:
+        return
     block_size = k_cache.shape[2]
-    block, offset = slots // block_size, slots % block_size
+    at = slots // block_size, slots % block_size
     for cache, new in ((k_cache, key), (v_cache, value)):
-        cache[block, :, offset] = torch.where(new.abs() <= reference.KV_LIMIT, new, 0)
+        # One pass over the new rows tells that there is nothing to replace; a NaN is not <= either.
+        sound = new.abs().amax() <= reference.KV_LIMIT
+        cache.transpose(1, 2).index_put_(at, new if sound else torch.where(new.abs() <= reference.KV_LIMIT, new, 0))
 
 
 def paged_attention(
@@ -135,14 +105,13 @@ def paged_attention(
         return reference.paged_attention(
             query, k_cache, v_cache, plan.rows, scale=scale, window=window, soft_cap=soft_cap
         )
+    if plan.decodes:
+        pages = plan.decode_pages(window)
+        attended = decode_by_pages(query, k_cache, v_cache, pages, scale=scale, soft_cap=soft_cap)
+        if not plan.prefills:
+            return attended
     out = torch.empty_like(query)
     if plan.decodes:
-        q = query.index_select(0, plan.decode_rows)
-        if plan.has_long_decodes or soft_cap is not None:
-            pages = plan.decode_pages(window)
-            attended = decode_by_pages(q, k_cache, v_cache, pages, scale=scale, soft_cap=soft_cap)
-        else:
-            attended = _decode_gathered(q, k_cache, v_cache, plan, scale, window)
         out.index_copy_(0, plan.decode_rows, attended)
     for row, blocks in zip(plan.prefills, plan.prefill_blocks, strict=True):
         out[row.start : row.end] = _prefill(query[row.start : row.end], k_cache, v_cache, row, blocks, scale, window)
@@ -168,18 +137,6 @@ def _on_triton(
         query, k_cache, v_cache, tables, geometry, scale, window or 0, soft_cap or 0.0
     )
     return attended
-
-
-def _decode_gathered(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, scale: float, window: int | None
-) -> Tensor:
-    """[R, H, D]."""
-    rows, heads, dim = query.shape
-    kv_heads = k_cache.shape[1]
-    q = query.view(rows, kv_heads, heads // kv_heads, dim)
-    key, value = _gather(k_cache, plan.decode_blocks), _gather(v_cache, plan.decode_blocks)  # [R, H_kv, L, D]
-    attended = F.scaled_dot_product_attention(q, key, value, attn_mask=plan.decode_visible(window), scale=scale)
-    return attended.reshape(rows, heads, dim)
 
 
 def _gather(cache: Tensor, tables: Tensor) -> Tensor:
