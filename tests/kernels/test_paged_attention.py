@@ -1,12 +1,18 @@
 """paged_attention: against torch's own attention on dense float64 keys and values, sequence by sequence."""
 
+from typing import Any
+from unittest.mock import patch
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import T5Config
+from transformers.models.t5.modeling_t5 import T5Attention
 
-from chorus.kernels import AttentionPlan, AttentionRow, paged_attention, reference, store_kv
+from chorus.kernels import AttentionPlan, AttentionRow, paged_attention, reference, relative_bias, store_kv
+from support.attention import batch, check
 
 CPU = torch.device("cpu")
 BLOCK = 4
@@ -154,10 +160,131 @@ def test_a_query_with_nan_reaches_no_other_sequence() -> None:
     assert torch.equal(paged_attention(query, k_cache, v_cache, plan, scale=1.0)[1], clean[1])
 
 
-def test_what_does_not_fit_is_refused_by_name() -> None:
-    cache = torch.zeros(2, 2, BLOCK, 4)
-    plan = AttentionPlan([AttentionRow(0, 1, 1, [0])], BLOCK, CPU)
-    with pytest.raises(ValueError, match="query"):
-        paged_attention(torch.zeros(1, 3, 4), cache, cache, plan, scale=1.0)
-    with pytest.raises(ValueError, match="rows"):
-        AttentionPlan([AttentionRow(1, 2, 1, [0])], BLOCK, CPU)
+def cached(lengths: list[int], heads: int, dim: int) -> tuple[list[torch.Tensor], list[list[int]]]:
+    """Caches full of others' keys, and a scattered table for each sequence."""
+    tables = torch.randperm(sum(-(-n // BLOCK) for n in lengths)).split([-(-n // BLOCK) for n in lengths])
+    caches = [torch.randn(sum(len(table) for table in tables), heads, BLOCK, dim) for _ in range(2)]
+    return caches, [table.tolist() for table in tables]
+
+
+def test_a_cached_decode_is_what_t5s_decoder_computes_of_the_whole_sequence() -> None:
+    """Self-attention with its bias, contexts longer than the bias has distances: chunks first, then single tokens."""
+    torch.manual_seed(0)
+    config = T5Config(d_model=32, d_kv=8, num_heads=4, is_decoder=True, relative_attention_num_buckets=8)
+    config.relative_attention_max_distance = 20
+    module = T5Attention(config, has_relative_attention_bias=True, layer_idx=0).eval()
+    with torch.no_grad():
+        module.relative_attention_bias.weight.normal_(std=3.0)
+    lengths, chunk = [46, 31], 30
+    states = [torch.randn(n, 32) for n in lengths]
+    causal = [torch.full((n, n), float("-inf")).triu(1)[None, None] for n in lengths]
+    expected = [module(x[None], mask=mask)[0][0] for x, mask in zip(states, causal, strict=True)]
+    bias = relative_bias(module.relative_attention_bias.weight.detach(), max_distance=20, bidirectional=False)
+    caches, tables = cached(lengths, 4, 8)
+    for first, last in [(0, chunk), (chunk, chunk + 1)]:
+        parts = torch.cat([x[first:last] for x in states])
+        count = last - first
+        rows = [AttentionRow(i * count, (i + 1) * count, last, table) for i, table in enumerate(tables)]
+        plan = AttentionPlan(rows, BLOCK, CPU)
+        q, k, v = (layer(parts).detach().view(-1, 4, 8) for layer in (module.q, module.k, module.v))
+        store_kv(k, v, caches[0], caches[1], plan.slots)
+        got = module.o(paged_attention(q, caches[0], caches[1], plan, scale=1.0, bias=bias).flatten(1))
+        want = torch.cat([whole[first:last] for whole in expected])
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_cross_attention_over_cached_keys_is_what_t5_computes() -> None:
+    """One new token of a row, several of another, more than the other sequence has."""
+    torch.manual_seed(1)
+    config = T5Config(d_model=32, d_kv=8, num_heads=4, is_decoder=True)
+    module = T5Attention(config, layer_idx=0).eval()
+    lengths, news = [13, 3], [1, 6]
+    encoded, states = [torch.randn(n, 32) for n in lengths], [torch.randn(n, 32) for n in news]
+    expected = [module(x[None], key_value_states=e[None])[0][0] for x, e in zip(states, encoded, strict=True)]
+    caches, tables = cached(lengths, 4, 8)
+    rows = [AttentionRow(0, 13, 13, tables[0]), AttentionRow(13, 16, 3, tables[1])]
+    k, v = (layer(torch.cat(encoded)).detach().view(-1, 4, 8) for layer in (module.k, module.v))
+    store_kv(k, v, caches[0], caches[1], AttentionPlan(rows, BLOCK, CPU).slots)
+    rows = [AttentionRow(0, 1, 13, tables[0]), AttentionRow(1, 7, 3, tables[1])]
+    plan = AttentionPlan(rows, BLOCK, CPU, causal=False)
+    query = module.q(torch.cat(states)).detach().view(-1, 4, 8)
+    got = module.o(paged_attention(query, caches[0], caches[1], plan, scale=1.0).flatten(1))
+    torch.testing.assert_close(got, torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("cap", "biased"), [(5.0, False), (None, True), (2.0, True)])
+def test_a_chunk_is_the_same_in_pieces(dtype: torch.dtype, cap: float | None, biased: bool) -> None:
+    """A chunk over a prefix with a cap or a bias, a few queries at a time, against the specification in float64."""
+    query, k_cache, v_cache, rows = batch([(37, 20), (1, 9)], (4, 2), 16, dtype, 3)
+    options: dict[str, Any] = {"scale": 0.3, "window": 30, "soft_cap": cap}
+    options["bias"] = torch.randn(4, 2 * 7 + 1) if biased else None
+    with patch("chorus.kernels.dense_attention.PIECE", 4 * 57 * 5):
+        got = paged_attention(query, k_cache, v_cache, AttentionPlan(rows, 16, CPU), **options)
+    exact = reference.paged_attention(query.double(), k_cache.double(), v_cache.double(), rows, **options)
+    check(got, exact, torch.bfloat16 if dtype is torch.bfloat16 else torch.float32)
+
+
+ROW = AttentionRow(0, 2, 3, [1])
+
+
+@pytest.mark.parametrize(
+    ("said", "rows"),
+    [
+        ("ones before end at 0", [AttentionRow(1, 2, 1, [0])]),
+        ("ones before end at 2", [ROW, AttentionRow(3, 4, 1, [0])]),
+        ("ones before end at 2", [ROW, AttentionRow(2, 2, 1, [0])]),
+        ("does not hold 2 new tokens", [AttentionRow(0, 2, 1, [0])]),
+        ("do not hold a context of 9", [AttentionRow(0, 1, 9, [0, 1])]),
+        ("block -1", [AttentionRow(0, 1, 5, [0, -1])]),
+    ],
+)
+def test_rows_that_make_no_batch_are_refused(said: str, rows: list[AttentionRow]) -> None:
+    with pytest.raises(ValueError, match=f"rows: .*{said}"):
+        AttentionPlan(rows, BLOCK, CPU)
+
+
+@pytest.mark.parametrize(
+    ("said", "change"),
+    [
+        ("query: want", {"query": torch.zeros(3, 2, 4)}),
+        ("query: want", {"query": torch.zeros(2, 2, 4, dtype=torch.int32)}),
+        ("query: .* does not fit", {"query": torch.zeros(2, 3, 4)}),
+        ("query: .* does not fit", {"query": torch.zeros(2, 2, 8)}),
+        ("v_cache", {"v_cache": torch.zeros(2, 1, BLOCK, 4)}),
+        ("k_cache: torch.float16", {"k_cache": torch.zeros(2, 2, BLOCK, 4, dtype=torch.float16)}),
+        ("v_cache: .* on meta", {"v_cache": torch.zeros(2, 2, BLOCK, 4, device="meta")}),
+        ("k_cache: want", dict.fromkeys(("k_cache", "v_cache"), torch.zeros(2, 2, BLOCK + 1, 4))),
+        ("rows: block 1 ", dict.fromkeys(("k_cache", "v_cache"), torch.zeros(1, 2, BLOCK, 4))),
+        ("window", {"window": 0}),
+        ("soft_cap", {"soft_cap": -1.0}),
+        ("bias", {"bias": torch.zeros(2, 4)}),
+        ("bias: tokens have no position", {"bias": torch.zeros(2, 5), "causal": False}),
+        ("window: tokens have no position", {"window": 3, "causal": False}),
+    ],
+)
+def test_what_does_not_fit_a_plan_is_refused_by_name(said: str, change: dict[str, Any]) -> None:
+    fitting = {name: torch.zeros(2, 2, BLOCK, 4) for name in ("k_cache", "v_cache")}
+    arguments: dict[str, Any] = {"query": torch.zeros(2, 2, 4), "scale": 1.0, **fitting, **change}
+    plan = AttentionPlan([ROW], BLOCK, CPU, causal=arguments.pop("causal", True))
+    with pytest.raises(ValueError, match=said):
+        paged_attention(plan=plan, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("said", "change"),
+    [
+        ("key: want", {"key": torch.zeros(3, 2, 4)}),
+        ("value: want", {"value": torch.zeros(2, 1, 4)}),
+        ("key: torch.float16", {"key": torch.zeros(2, 2, 4, dtype=torch.float16)}),
+        ("v_cache", {"v_cache": torch.zeros(2, 2, BLOCK, 5)}),
+        ("slots: want", {"slots": torch.zeros(2, dtype=torch.int32)}),
+        ("slots: -1 to 0", {"slots": torch.tensor([0, -1])}),
+        ("slots: 0 to 8", {"slots": torch.tensor([0, 2 * BLOCK])}),
+    ],
+)
+def test_what_can_not_be_stored_is_refused_by_name(said: str, change: dict[str, torch.Tensor]) -> None:
+    fitting = {name: torch.zeros(2, 2, BLOCK, 4) for name in ("k_cache", "v_cache")}
+    fitting |= {name: torch.zeros(2, 2, 4) for name in ("key", "value")}
+    with pytest.raises(ValueError, match=said):
+        store_kv(**fitting | {"slots": torch.tensor([0, 1])} | change)

@@ -5,7 +5,15 @@ from typing import Any
 import pytest
 import torch
 
-from chorus.kernels import AttentionPlan, paged_attention, reference, store_kv
+from chorus.kernels import (
+    AttentionPlan,
+    AttentionRow,
+    PackedPlan,
+    packed_attention,
+    paged_attention,
+    reference,
+    store_kv,
+)
 from chorus.kernels.attention_tables import Capacity
 from support.attention import BLOCK, batch, check
 
@@ -29,6 +37,46 @@ def test_mixed_batch_equals_dense_attention(
     exact = reference.paged_attention(query.double(), k_cache.double(), v_cache.double(), rows, **options)
     check(got.cpu(), exact, dtype)
     assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_bias_by_distance_is_added_where_tokens_stand(dtype: torch.dtype, dim: int) -> None:
+    query, k_cache, v_cache, rows = batch(MIXED, (12, 12), dim, dtype, dim)
+    bias = torch.randn(12, 2 * 128 + 1)
+    plan = AttentionPlan(rows, BLOCK, CUDA)
+    got = paged_attention(query.cuda(), k_cache.cuda(), v_cache.cuda(), plan, scale=0.1, bias=bias.cuda())
+    exact = reference.paged_attention(
+        query.double(), k_cache.double(), v_cache.double(), rows, scale=0.1, bias=bias.double()
+    )
+    check(got.cpu(), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_cross_attention_sees_all_of_another_context(dtype: torch.dtype) -> None:
+    query, k_cache, v_cache, rows = batch([(1, 1100), (40, 30)], (8, 8), 64, dtype, 8)
+    rows = [rows[0], AttentionRow(1, 41, 21, rows[1].blocks)]
+    plan = AttentionPlan(rows, BLOCK, CUDA, causal=False)
+    got = paged_attention(query.cuda(), k_cache.cuda(), v_cache.cuda(), plan, scale=0.125)
+    exact = reference.paged_attention(
+        query.double(), k_cache.double(), v_cache.double(), rows, scale=0.125, causal=False
+    )
+    check(got.cpu(), exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dim", [32, 64])
+def test_a_pack_attends_sequence_by_sequence(dtype: torch.dtype, biased: bool, dim: int) -> None:
+    """BERT's 12 heads and T5's bias; sequences from one token to several tiles."""
+    lengths = [1, 512, 16, 33, 200]
+    query, key, value = (torch.randn(sum(lengths), 12, dim).to(dtype) for _ in range(3))
+    bias = torch.randn(12, 2 * 128 + 1) if biased else None
+    here = bias.cuda() if bias is not None else None
+    plan = PackedPlan(lengths, CUDA)
+    got = packed_attention(query.cuda(), key.cuda(), value.cuda(), plan, scale=0.2, bias=here)
+    exact = reference.packed_attention(query.double(), key.double(), value.double(), lengths, scale=0.2, bias=bias)
+    check(got.cpu(), exact, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

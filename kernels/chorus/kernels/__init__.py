@@ -5,7 +5,9 @@ One name per operator through specification (`reference`), implementation, test 
 
 from chorus.kernels.head import HeadPlan, head
 from chorus.kernels.low_rank import LowRankPlan, low_rank, low_rank_group
+from chorus.kernels.packed_attention import PackedPlan, packed_attention
 from chorus.kernels.paged_attention import AttentionPlan, paged_attention, store_kv
+from chorus.kernels.position_bias import relative_bias
 from chorus.kernels.residual_norm import residual_norm
 from chorus.kernels.rope_store import RopePlan, qk_norm_rope_store
 from chorus.kernels.row_ops import row_add, row_scale, row_select
@@ -34,6 +36,7 @@ __all__ = [
     "LowRankPlan",
     "LowRankSegment",
     "Norm",
+    "PackedPlan",
     "RankPool",
     "RopePlan",
     "RowPlan",
@@ -42,8 +45,10 @@ __all__ = [
     "head",
     "low_rank",
     "low_rank_group",
+    "packed_attention",
     "paged_attention",
     "qk_norm_rope_store",
+    "relative_bias",
     "residual_norm",
     "row_add",
     "row_scale",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import product
+from typing import NamedTuple
 
 import torch
 
@@ -16,6 +17,17 @@ BLOCK, KV_HEADS = 16, 8
 SHAPES = [(dim, group, special) for dim, group, special in product((64, 80, 128, 256), (1, 4), (False, True))]
 
 
+class Kind(NamedTuple):
+    """What attends: with a bias, causally, over packed keys."""
+
+    biased: bool = False
+    causal: bool = True
+    packed: bool = False
+
+
+PLAIN = Kind()
+
+
 def compile_cases(arch: str) -> Iterator[CompileCase]:
     """bfloat16 at every shape, with and without window and cap; the other types at one or two."""
     for dim, group, special in SHAPES:
@@ -23,6 +35,10 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
     yield from _attend_cases(torch.float16, 128, 4, True, arch)
     for dim in (64, 128):
         yield from _attend_cases(torch.float32, dim, 4, True, arch)
+    # Heads of 64, one to a key head: T5's decoder, its cross-attention, its encoder; BERT's. The largest T5 has 128.
+    for kind in (Kind(biased=True), Kind(causal=False), Kind(True, False, True), Kind(False, False, True)):
+        for dtype, dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64)):
+            yield from _attend_cases(dtype, dim, 1, False, arch, kind)
     for dtype in TRITON_TYPES:
         if dtype.is_floating_point:
             yield _store_case(dtype)
@@ -30,14 +46,17 @@ def compile_cases(arch: str) -> Iterator[CompileCase]:
     yield _combine_case(80)
 
 
-def _attend_cases(dtype: torch.dtype, dim: int, group: int, special: bool, arch: str) -> Iterator[CompileCase]:
+def _attend_cases(
+    dtype: torch.dtype, dim: int, group: int, special: bool, arch: str, kind: Kind = PLAIN
+) -> Iterator[CompileCase]:
     tiles = attend_tiles(dim, dtype, arch)
     assert tiles is not None
     value = f"*{TRITON_TYPES[dtype]}"
     pointers = {"query_ptr": value, "k_cache_ptr": value, "v_cache_ptr": value, "out_ptr": value}
-    workspaces = {"partial_ptr": "*fp32", "lse_ptr": "*fp32"}
+    workspaces = {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "bias_ptr": "*fp32"}
     tables = {"items_ptr": "*i32", "pages_ptr": "*i32"}
     sizes = {"rows_total": "i32", "pages_total": "i32", "scale": "fp32", "window": "i32", "soft_cap": "fp32"}
+    sizes["furthest"] = "i32"
     for rows in (decode_rows_of_tile(group), rows_of_tile(PREFILL.block_m, group)):
         yield CompileCase(
             kernel=kernels.attend,
@@ -46,13 +65,16 @@ def _attend_cases(dtype: torch.dtype, dim: int, group: int, special: bool, arch:
                 "KV_HEADS": KV_HEADS,
                 "GROUP": group,
                 "DIM": dim,
-                "BLOCK": BLOCK,
+                "BLOCK": 1 if kind.packed else BLOCK,
                 "BLOCK_M": rows,
                 "BLOCK_G": heads_of_tile(group),
                 "BLOCK_N": tiles.block_n,
                 "BLOCK_D": 1 << (dim - 1).bit_length(),
                 "HAS_WINDOW": special,
                 "HAS_CAP": special,
+                "HAS_BIAS": kind.biased,
+                "CAUSAL": kind.causal,
+                "PACKED": kind.packed,
             },
             warps=tiles.warps,
             stages=tiles.stages,

@@ -57,8 +57,14 @@ def paged_attention_op(
     scale: float,
     window: int,
     soft_cap: float,
+    bias: Tensor | None = None,
+    causal: bool = True,
+    packed: bool = False,
 ) -> Tensor:
-    """`reference.paged_attention` of a batch's `AttentionTables`; window and soft_cap 0 for none."""
+    """`reference.paged_attention` of a batch's `AttentionTables`; window and soft_cap 0 for none; bias in float32.
+
+    `packed`: the pages are of one token and lie in the order of the tokens.
+    """
     how = Geometry(*geometry)
     (_, heads, dim), (pages, kv_heads, block, _) = query.shape, k_cache.shape
     group = heads // kv_heads
@@ -79,6 +85,7 @@ def paged_attention_op(
                 out_ptr=out,
                 partial_ptr=partial,
                 lse_ptr=lse,
+                bias_ptr=lse if bias is None else bias,
                 items_ptr=tables[at:],
                 pages_ptr=tables[how.pages_at :],
                 rows_total=query.shape[0],
@@ -86,6 +93,7 @@ def paged_attention_op(
                 scale=scale,
                 window=window,
                 soft_cap=soft_cap,
+                furthest=0 if bias is None else bias.shape[1] // 2,
                 KV_HEADS=kv_heads,
                 GROUP=group,
                 DIM=dim,
@@ -96,6 +104,9 @@ def paged_attention_op(
                 BLOCK_D=max(block_d, 16),
                 HAS_WINDOW=window > 0,
                 HAS_CAP=soft_cap > 0,
+                HAS_BIAS=bias is not None,
+                CAUSAL=causal,
+                PACKED=packed,
                 **launch_options(tiles.warps, tiles.stages),
             )
         if how.merges:
@@ -122,6 +133,9 @@ def _(
     scale: float,
     window: int,
     soft_cap: float,
+    bias: Tensor | None = None,
+    causal: bool = True,
+    packed: bool = False,
 ) -> Tensor:
     return torch.empty_like(query)
 

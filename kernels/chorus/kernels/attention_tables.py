@@ -69,8 +69,10 @@ def attention_tables(
     window: int | None,
     device: torch.device,
     capacity: Capacity | None = None,
+    *,
+    causal: bool = True,
 ) -> AttentionTables:
-    """Tables for a batch; `group` query heads share a key head.
+    """Tables for a batch; `group` query heads share a key head. Without `causal` every token sees the whole context.
 
     Raises:
         ValueError: the batch is larger than the capacity.
@@ -84,7 +86,7 @@ def attention_tables(
         first_page = len(pages)
         pages += row.blocks[: -(-row.context // block_size)]
         if row.end - row.start > 1:
-            chunks += _chunk_items(row, first_page, block_size, group, window)
+            chunks += _chunk_items(row, first_page, block_size, group, window, causal)
             continue
         ranges = list(_ranges(row.context, block_size, window))
         cut = len(ranges) > 1
@@ -112,7 +114,9 @@ def attention_tables(
     return AttentionTables(torch.tensor(flat or [0], dtype=torch.int32).to(device, non_blocking=True), geometry)
 
 
-def _chunk_items(row: AttentionRow, first_page: int, block_size: int, group: int, window: int | None) -> Iterator[Item]:
+def _chunk_items(
+    row: AttentionRow, first_page: int, block_size: int, group: int, window: int | None, causal: bool
+) -> Iterator[Item]:
     """Pieces of a chunk, each over all of the context that its tokens see."""
     tokens = tokens_of_tile(PREFILL.block_m, group)
     before = row.context - (row.end - row.start)
@@ -120,7 +124,7 @@ def _chunk_items(row: AttentionRow, first_page: int, block_size: int, group: int
         count = min(tokens, row.end - start)
         position = before + start - row.start
         first = 0 if window is None else max(position + 1 - window, 0) // block_size * block_size
-        yield Item(start, count, position, first_page, first, position + count, -1)
+        yield Item(start, count, position, first_page, first, position + count if causal else row.context, -1)
 
 
 def _ranges(context: int, block_size: int, window: int | None) -> Iterator[tuple[int, int]]:

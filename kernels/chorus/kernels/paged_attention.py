@@ -1,7 +1,8 @@
 """`store_kv` and `paged_attention`: a packed batch of decodes and prefill chunks over a paged KV cache.
 
-On CPU all decode rows are one call, which gathers nothing (`paged_decode`). A prefill chunk is a call of its own; one
-with a soft cap runs on the specification.
+On CPU all decode rows are one call, which gathers nothing (`paged_decode`). A prefill chunk is a call of its own: one
+gather of its pages and one SDPA, 0.1 ms that the chunk's own work hides; it is in pieces where there is a soft cap or a
+bias (`dense_attention`).
 
 On CUDA the Triton kernels run (`triton_attention`), decodes and chunks in two launches, over tables that the plan
 builds (`attention_tables`).
@@ -14,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chorus.kernels import reference
+from chorus.kernels.attention_checks import check_attention, check_cache, check_rows, check_scores, check_store
 from chorus.kernels.attention_tables import AttentionTables, Capacity, attention_tables
 from chorus.kernels.attention_tuning import attend_tiles
+from chorus.kernels.dense_attention import dense_attention
 from chorus.kernels.paged_decode import DecodePages, decode_by_pages
 from chorus.kernels.types import AttentionRow
 
@@ -23,8 +26,12 @@ from chorus.kernels.types import AttentionRow
 class AttentionPlan:
     """One batch's attention work, shared by all layers: where new keys go, and who attends to what.
 
-    `rows` lists the batch's sequences in order; together they cover rows 0..T. Immutable once made. `triton` says
-    whether Triton runs (on CUDA if None); a `capacity` gives its tables one size for all batches.
+    `rows` lists the batch's sequences in order; together they cover rows 0..T. Immutable once made. Without `causal`
+    tokens see all of their context, which another sequence has stored (cross-attention); such a plan has no slots.
+    `triton` says whether Triton runs (on CUDA if None); a `capacity` gives its tables one size for all batches.
+
+    Raises:
+        ValueError: rows out of order, or a table that does not hold its context.
     """
 
     def __init__(
@@ -34,14 +41,21 @@ class AttentionPlan:
         device: torch.device,
         capacity: Capacity | None = None,
         *,
+        causal: bool = True,
         triton: bool | None = None,
     ) -> None:
+        check_rows(rows, block_size, causal)
         self.runs_triton = device.type == "cuda" if triton is None else triton
         self._capacity = capacity
         self._tables: dict[tuple[int, int | None], AttentionTables] = {}
         self.rows = tuple(rows)
         self.block_size = block_size
-        self.slots = torch.tensor(_slots(self.rows, block_size), dtype=torch.int64, device=device)  # [T]
+        self.causal = causal
+        self.device = device
+        self.tokens = self.rows[-1].end if self.rows else 0
+        self.highest_block = max((max(_used(row, block_size)) for row in self.rows), default=-1)
+        slots = _slots(self.rows, block_size) if causal else []
+        self.slots = torch.tensor(slots, dtype=torch.int64, device=device)  # [T]
         self.decodes = [row for row in self.rows if row.end - row.start == 1]
         self.prefills = [row for row in self.rows if row.end - row.start > 1]
         self.prefill_blocks = [torch.tensor(_used(row, block_size), device=device) for row in self.prefills]
@@ -52,7 +66,9 @@ class AttentionPlan:
         """For the Triton kernels, with `group` query heads to a key head."""
         key = group, window
         if key not in self._tables:
-            made = attention_tables(self.rows, self.block_size, group, window, self.slots.device, self._capacity)
+            made = attention_tables(
+                self.rows, self.block_size, group, window, self.device, self._capacity, causal=self.causal
+            )
             self._tables[key] = made
         return self._tables[key]
 
@@ -64,7 +80,12 @@ class AttentionPlan:
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Writes row t's key and value to cache position slots[t]; see `reference.store_kv`."""
+    """Writes row t's key and value to cache position slots[t]; see `reference.store_kv`.
+
+    Raises:
+        ValueError: naming the argument whose shape, dtype or device does not fit, or slots outside of a cache on CPU.
+    """
+    check_store(key, value, k_cache, v_cache, slots)
     if key.device.type == "cuda":
         from chorus.kernels.attention_launch import store_kv_op
 
@@ -89,32 +110,47 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of each sequence's new tokens over its paged context; see `reference.paged_attention`.
+    """Attention of each sequence's new tokens over its paged context; see `reference.paged_attention`.
+
+    query [T, H, D]; caches [blocks, H_kv, block_size, D]; bias [H, 2 * distances + 1] float32, of `relative_bias`.
 
     Raises:
-        ValueError: the query heads are not a multiple of the key heads, or the plan was made for another row count.
+        ValueError: naming the argument whose shape, dtype or device does not fit the plan; a window or a bias where
+            the tokens' positions in the context are not known.
     """
-    if query.shape[1] % k_cache.shape[1] or query.shape[0] != plan.slots.shape[0]:
-        raise ValueError(
-            f"query: {tuple(query.shape)} does not fit {k_cache.shape[1]} key heads and {plan.slots.shape[0]} rows"
-        )
+    check_attention(query, k_cache, v_cache, plan.tokens, plan.device, ("k_cache", "v_cache"))
+    check_cache(k_cache, plan.block_size, plan.highest_block)
+    check_scores(window, soft_cap, bias, query)
+    if not plan.causal and (window is not None or bias is not None):
+        raise ValueError(f"{'bias' if window is None else 'window'}: tokens have no position in another's context")
     if plan.runs_triton and attend_tiles(query.shape[2], query.dtype, ""):
-        return _on_triton(query, k_cache, v_cache, plan, scale, window, soft_cap)
-    if query.device.type != "cpu" or (soft_cap is not None and plan.prefills):
+        return _on_triton(query, k_cache, v_cache, plan, scale, window, soft_cap, bias)
+    if query.device.type != "cpu":
         return reference.paged_attention(
-            query, k_cache, v_cache, plan.rows, scale=scale, window=window, soft_cap=soft_cap
+            query,
+            k_cache,
+            v_cache,
+            plan.rows,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            bias=bias,
+            causal=plan.causal,
         )
     if plan.decodes:
         pages = plan.decode_pages(window)
-        attended = decode_by_pages(query, k_cache, v_cache, pages, scale=scale, soft_cap=soft_cap)
+        attended = decode_by_pages(query, k_cache, v_cache, pages, scale=scale, soft_cap=soft_cap, bias=bias)
         if not plan.prefills:
             return attended
     out = torch.empty_like(query)
     if plan.decodes:
         out.index_copy_(0, plan.decode_rows, attended)
     for row, blocks in zip(plan.prefills, plan.prefill_blocks, strict=True):
-        out[row.start : row.end] = _prefill(query[row.start : row.end], k_cache, v_cache, row, blocks, scale, window)
+        key, value = _gather(k_cache, blocks, row.context), _gather(v_cache, blocks, row.context)
+        part = slice(row.start, row.end)
+        out[part] = _prefill(query[part], key, value, scale, plan.causal, window, soft_cap, bias)
     return out
 
 
@@ -126,50 +162,55 @@ def _on_triton(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    bias: Tensor | None,
 ) -> Tensor:
     from chorus.kernels.attention_launch import paged_attention_op
 
     for name, tensor in (("query", query), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if not tensor.is_contiguous() or tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(f"{name}: want a contiguous tensor of the query's dtype on its device")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: want a contiguous tensor")
     tables, geometry = plan.tables(query.shape[1] // k_cache.shape[1], window)
     attended: Tensor = paged_attention_op(
-        query, k_cache, v_cache, tables, geometry, scale, window or 0, soft_cap or 0.0
+        query, k_cache, v_cache, tables, geometry, scale, window or 0, soft_cap or 0.0, bias, plan.causal
     )
     return attended
 
 
-def _gather(cache: Tensor, tables: Tensor) -> Tensor:
-    """[blocks, H_kv, block_size, D] by tables [R, B] -> [R, H_kv, B * block_size, D]."""
-    (rows, count), (_, heads, block_size, dim) = tables.shape, cache.shape
-    index = tables[:, None, :] * heads + torch.arange(heads)[:, None]  # [R, H_kv, B]
-    return cache.view(-1, block_size, dim).index_select(0, index.flatten()).view(rows, heads, count * block_size, dim)
+def _gather(cache: Tensor, blocks: Tensor, context: int) -> Tensor:
+    """[blocks, H_kv, block_size, D] by one sequence's table -> [1, H_kv, L, D]."""
+    pages = cache.index_select(0, blocks).transpose(0, 1)  # [H_kv, B, block_size, D]
+    return pages.flatten(1, 2)[None, :, :context]
 
 
 def _prefill(
     query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    row: AttentionRow,
-    blocks: Tensor,
+    key: Tensor,
+    value: Tensor,
     scale: float,
+    causal: bool,
     window: int | None,
+    soft_cap: float | None,
+    bias: Tensor | None,
 ) -> Tensor:
-    count, heads = query.shape[:2]
-    group = heads // k_cache.shape[1]
-    key = _gather(k_cache, blocks[None])[:, :, : row.context]  # [1, H_kv, L, D]
-    value = _gather(v_cache, blocks[None])[:, :, : row.context]
+    """query [n, H, D], key and value [1, H_kv, L, D]; returns [n, H, D]."""
+    (count, heads, _), context = query.shape, key.shape[2]
+    group = heads // key.shape[1]
     key, value = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (key, value))
-    q = query.transpose(0, 1)[None]  # [1, H, count, D]
-    if row.context == count and (window is None or count <= window):
-        attended = F.scaled_dot_product_attention(q, key, value, is_causal=True, scale=scale)
-    else:
-        last = torch.arange(row.context - count, row.context)[:, None]
-        position = torch.arange(row.context)[None, :]
-        visible = position <= last
+    q = query.transpose(0, 1)[None]  # [1, H, n, D]
+    windowed = window is not None and window < context
+    if causal and count == context and not windowed and soft_cap is None and bias is None:
+        return F.scaled_dot_product_attention(q, key, value, is_causal=True, scale=scale)[0].transpose(0, 1)
+    seen = None
+    if causal:
+        last = torch.arange(context - count, context)[:, None]
+        position = torch.arange(context)[None, :]
+        seen = position <= last
         if window is not None:
-            visible &= position > last - window
-        attended = F.scaled_dot_product_attention(q, key, value, attn_mask=visible, scale=scale)
+            seen &= position > last - window
+        seen = seen[None, None]
+    attended = dense_attention(
+        q, key, value, scale=scale, seen=seen, soft_cap=soft_cap, bias=bias, first=context - count
+    )
     return attended[0].transpose(0, 1)
 
 
@@ -177,8 +218,6 @@ def _slots(rows: Sequence[AttentionRow], block_size: int) -> list[int]:
     """Cache position of every new token, in batch order."""
     slots: list[int] = []
     for row in rows:
-        if row.start != len(slots):
-            raise ValueError(f"rows: one begins at {row.start}, the ones before end at {len(slots)}")
         first = row.context - (row.end - row.start)
         slots += [row.blocks[p // block_size] * block_size + p % block_size for p in range(first, row.context)]
     return slots

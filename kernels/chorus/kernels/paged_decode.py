@@ -64,7 +64,8 @@ class DecodePages:
         hidden = position >= context
         if window is not None:
             hidden |= position < context - window
-        self.bias = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None]  # [R, 1, slots * B]
+        self._distance = position + 1 - context  # [R, slots * B], of a key after the row's query
+        self.hide = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))[:, None]  # [R, 1, slots * B]
 
     def rows_of_blocks(self, heads: int) -> tuple[Tensor, Tensor]:
         """Where B scores of one page and head are found, as rows: by row, [R * H * slots], and by page, [span * H]."""
@@ -75,6 +76,15 @@ class DecodePages:
             self._rows_of_blocks[heads] = by_row, by_page
         return self._rows_of_blocks[heads]
 
+    def added(self, bias: Tensor | None) -> Tensor:
+        """What scores get added: -inf where a key is hidden, and the bias by distance, [H, 2 m + 1]; [R, H | 1, ..]."""
+        if bias is None:
+            return self.hide
+        furthest = bias.shape[1] // 2
+        index = self._distance.clamp(-furthest, furthest) + furthest
+        by_head = bias.index_select(1, index.flatten()).view(len(bias), *index.shape)
+        return self.hide + by_head.transpose(0, 1)
+
     def of(self, cache: Tensor) -> Tensor:
         """The pages' keys or values, [span * H_kv, B, D]; a view where that can be."""
         pages = cache.narrow(0, *self.view) if self.view is not None else cache.index_select(0, self._index)
@@ -82,7 +92,14 @@ class DecodePages:
 
 
 def decode_by_pages(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, pages: DecodePages, *, scale: float, soft_cap: float | None
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    pages: DecodePages,
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """query [T, H, D] of the whole batch, caches [blocks, H_kv, B, D]; returns the decode rows' [R, H, D]."""
     (_, heads, dim), (_, kv_heads, block_size, _) = query.shape, k_cache.shape
@@ -91,9 +108,9 @@ def decode_by_pages(
     scores = _scores(asked, pages.of(k_cache).transpose(1, 2), by_row)  # [R * H * slots, B]
     scores = scores.view(-1, heads, pages.slots * block_size)
     if soft_cap is None:
-        scores = torch.add(pages.bias, scores, alpha=scale)
+        scores = torch.add(pages.added(bias), scores, alpha=scale)
     else:
-        scores.mul_(scale / soft_cap).tanh_().mul_(soft_cap).add_(pages.bias)
+        scores.mul_(scale / soft_cap).tanh_().mul_(soft_cap).add_(pages.added(bias))
     weights = torch.softmax(scores, dim=-1).to(query.dtype).view(-1, block_size)
     weights = weights.index_select(0, by_page).view(-1, heads // kv_heads, block_size)  # [span * H_kv, G, B]
     parts = torch.bmm(weights, pages.of(v_cache)).view(pages.span, heads * dim)

@@ -217,12 +217,16 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    bias: Tensor | None = None,
+    causal: bool = True,
 ) -> Tensor:
-    """Causal attention of each sequence's new tokens over its whole paged context, these tokens included.
+    """Attention of each sequence's new tokens over its whole paged context, these tokens included; causal or not.
 
     query [T, H, D]; k_cache, v_cache [blocks, H_kv, block_size, D]; H is a multiple of H_kv, query heads of one key
     head are neighbours. The last (row.end - row.start) of row.context positions are the queries. `window` limits each
-    query to the last `window` positions, itself included; `soft_cap` is c tanh(s / c) on the scores. Returns [T, H, D].
+    query to the last `window` positions, itself included; `soft_cap` is c tanh(s / c) on the scores. `bias`
+    [H, 2 m + 1] is added to the capped score, bias[h, m + d] where the key stands d positions after the query, d cut at
+    m. Without `causal` each token sees the whole context, which then may be another sequence's. Returns [T, H, D].
     """
     out = torch.zeros_like(query)
     heads, kv_heads = query.shape[1], k_cache.shape[1]
@@ -236,10 +240,26 @@ def paged_attention(
             scores = soft_cap * torch.tanh(scores / soft_cap)
         last = torch.arange(row.context - (row.end - row.start), row.context, device=query.device)[:, None]
         position = torch.arange(row.context, device=query.device)[None, :]
-        hidden = position > last
+        if bias is not None:
+            furthest = bias.shape[1] // 2
+            distance = (position - last).clamp(-furthest, furthest)  # [q, L]
+            scores = scores + bias.to(scores.dtype)[:, distance + furthest]
+        hidden = (position > last) & causal
         if window is not None:
             hidden |= position <= last - window
         scores = scores.masked_fill(hidden, float("-inf"))
         weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         out[row.start : row.end] = torch.einsum("hql,lhd->qhd", weights.to(value.dtype), value)
     return out
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], *, scale: float, bias: Tensor | None = None
+) -> Tensor:
+    """Attention within each of several sequences that lie one after the other, all of a sequence seen by its tokens.
+
+    query [T, H, D]; key, value [T, H_kv, D]; bias as of `paged_attention`. Returns [T, H, D].
+    """
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    rows = [AttentionRow(end - n, end, n, range(end - n, end)) for end, n in zip(ends, lengths, strict=True)]
+    return paged_attention(query, key[:, :, None], value[:, :, None], rows, scale=scale, bias=bias, causal=False)

@@ -3,7 +3,8 @@
 `attend` works off items: some new tokens of one sequence over a range of its context, for one key head and all query
 heads that share it. Decodes and prefill chunks differ in the number of tokens only. A long context is cut into ranges
 of fixed length, each an item of its own; `combine` adds their results in the order of the ranges. What is cut where
-depends on the sequence alone and nothing is atomic, so equal inputs give equal bits in whatever batch.
+depends on the sequence alone and nothing is atomic, so equal inputs give equal bits in whatever batch. Without CAUSAL
+tokens see all of their range: cross-attention, and encoders. PACKED keys are pages of one token that lie in order.
 
 Softmax runs online in base 2 and float32. Positions that are masked still enter the products, times 0: the cache holds
 finite numbers only (see `reference.store_kv`). float32 takes input_precision="ieee": tf32 would be 1e-3 off.
@@ -41,44 +42,60 @@ def store_kv(
     tl.store(v_cache_ptr + to, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows_total", "window"])
+@triton.jit
+def bias_by_distance(bias_ptr, first_head, group, distance, furthest, GROUP: tl.constexpr):
+    """What heads first_head + group [M] add for keys `distance` [M, N] after the query; bias [H, 2 * furthest + 1]."""
+    column = tl.minimum(tl.maximum(distance, -furthest), furthest) + furthest
+    return tl.load(
+        bias_ptr + (first_head + group)[:, None] * (2 * furthest + 1) + column, mask=(group < GROUP)[:, None], other=0.0
+    )
+
+
+@triton.jit(do_not_specialize=["rows_total", "window", "furthest"])
 def attend(
-    query_ptr, k_cache_ptr, v_cache_ptr, out_ptr, partial_ptr, lse_ptr, items_ptr, pages_ptr,
-    rows_total, pages_total, scale, window, soft_cap,
+    query_ptr, k_cache_ptr, v_cache_ptr, out_ptr, partial_ptr, lse_ptr, bias_ptr, items_ptr, pages_ptr,
+    rows_total, pages_total, scale, window, soft_cap, furthest,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """One item and key head. Grid (items, KV_HEADS). query, out [T, KV_HEADS * GROUP, DIM]."""
-    item = items_ptr + tl.program_id(0) * ITEM_FIELDS
-    row, tokens, position = tl.load(item), tl.load(item + 1), tl.load(item + 2)
-    first_page, begin, end, part = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
+    """One item and key head. Grid (items, KV_HEADS). query, out [T, KV_HEADS * GROUP, DIM].
+
+    bias [KV_HEADS * GROUP, 2 * furthest + 1], by how far after the query a key stands.
+    """
+    item, kv_head = items_ptr + tl.program_id(0) * ITEM_FIELDS, tl.program_id(1)
+    row, tokens, position, first_page = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    begin, end, part = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
     if tokens == 0:
         return
     tl.device_assert(row + tokens <= rows_total, "an item lies outside of the query")
-    kv_head = tl.program_id(1)
-    m = tl.arange(0, BLOCK_M)
+    m, d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     token, group = m // BLOCK_G, m % BLOCK_G  # [M]
     present = (token < tokens) & (group < GROUP)
     head_row = (row + token).to(tl.int64) * (KV_HEADS * GROUP) + kv_head * GROUP + group  # [M]
-    d = tl.arange(0, BLOCK_D)
     inside = present[:, None] & (d < DIM)[None, :]
     q = tl.load(query_ptr + head_row[:, None] * DIM + d[None, :], mask=inside, other=0.0)  # [M, D]
     last = position + token  # [M], the last position that each query sees
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    highest, total = tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)  # [N]
-        page = tl.load(pages_ptr + first_page + n // BLOCK, mask=n < end, other=0)
-        tl.device_assert((page >= 0) & (page < pages_total), "a page lies outside of the cache")
+        page = first_page + n
+        if not PACKED:
+            page = tl.load(pages_ptr + first_page + n // BLOCK, mask=n < end, other=0)
+            tl.device_assert((page >= 0) & (page < pages_total), "a page lies outside of the cache")
         cache_row = (page.to(tl.int64) * KV_HEADS + kv_head) * BLOCK + n % BLOCK  # [N]
         held = (n < end)[:, None] & (d < DIM)[None, :]
         k = tl.load(k_cache_ptr + cache_row[:, None] * DIM + d[None, :], mask=held, other=0.0)  # [N, D]
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [M, N]
         if HAS_CAP:
             scores = soft_cap * (2.0 * tl.sigmoid(2.0 * scores / soft_cap) - 1.0)
-        seen = (n[None, :] <= last[:, None]) & (n < end)[None, :]
+        if HAS_BIAS:
+            scores += bias_by_distance(bias_ptr, kv_head * GROUP, group, n[None, :] - last[:, None], furthest, GROUP)
+        seen = (n < end)[None, :]
+        if CAUSAL:
+            seen = seen & (n[None, :] <= last[:, None])
         if HAS_WINDOW:
             seen = seen & (n[None, :] > last[:, None] - window)
         scores = tl.where(seen, scores * LOG2_E, float("-inf"))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from chorus.kernels import AttentionPlan, AttentionRow, paged_attention, reference
+from chorus.kernels import AttentionPlan, AttentionRow, PackedPlan, packed_attention, paged_attention, reference
 from chorus.kernels.attention_launch import paged_attention_op, store_kv_op
 from chorus.kernels.attention_tables import Capacity
 from support.attention import BLOCK, batch, check
@@ -44,6 +44,49 @@ def test_mixed_batch_equals_dense_attention(
     exact = reference.paged_attention(query.double(), k_cache.double(), v_cache.double(), rows, **options)
     check(got, exact, dtype)
     assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_a_bias_by_distance_is_added_where_tokens_stand(dtype: torch.dtype, cap: float | None) -> None:
+    """A decode whose context is cut, a short one, a chunk over a prefix; contexts beyond the bias's distances."""
+    query, k_cache, v_cache, rows = batch([(1, 700), (1, 3), (30, 25)], (6, 2), 24, dtype, 7)
+    options: dict[str, Any] = {"scale": 0.2, "soft_cap": cap, "bias": torch.randn(6, 2 * 20 + 1)}
+    got = paged_attention(query, k_cache, v_cache, AttentionPlan(rows, BLOCK, CPU, triton=True), **options)
+    exact = reference.paged_attention(query.double(), k_cache.double(), v_cache.double(), rows, **options)
+    check(got, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_attention_sees_all_of_another_context(dtype: torch.dtype) -> None:
+    """A single token over a context that is cut, and more tokens than there are keys."""
+    query, k_cache, v_cache, rows = batch([(1, 700), (40, 30)], (4, 2), 16, dtype, 8)
+    rows = [rows[0], AttentionRow(1, 41, 21, rows[1].blocks)]
+    plan = AttentionPlan(rows, BLOCK, CPU, causal=False, triton=True)
+    got = paged_attention(query, k_cache, v_cache, plan, scale=0.25)
+    exact = reference.paged_attention(
+        query.double(), k_cache.double(), v_cache.double(), rows, scale=0.25, causal=False
+    )
+    check(got, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("heads", "dim"), [((4, 2), 16), ((3, 3), 24)])
+def test_a_pack_attends_sequence_by_sequence(
+    dtype: torch.dtype, biased: bool, heads: tuple[int, int], dim: int
+) -> None:
+    """Sequences of 1 token, of a tile and of several; the same with tables of a capacity, and the same bits again."""
+    lengths = [1, 70, 16, 33]
+    query, key, value = (torch.randn(sum(lengths), h, dim).to(dtype) for h in (heads[0], heads[1], heads[1]))
+    bias = torch.randn(heads[0], 2 * 9 + 1) if biased else None
+    capacity = Capacity(decode_items=3, prefill_items=40, merges=0, parts=0, pages=200)
+    plans = [PackedPlan(lengths, CPU, c, triton=True) for c in (None, None, capacity)]
+    got, again, roomy = (packed_attention(query, key, value, plan, scale=0.25, bias=bias) for plan in plans)
+    exact = reference.packed_attention(query.double(), key.double(), value.double(), lengths, scale=0.25, bias=bias)
+    check(got, exact, dtype)
+    assert torch.equal(got, again)
+    assert torch.equal(got, roomy)
 
 
 def test_a_row_has_the_same_bits_in_every_batch() -> None:
@@ -95,6 +138,8 @@ def test_the_ops_are_what_torch_expects_of_ops() -> None:
     plan = AttentionPlan(rows, BLOCK, CPU, triton=True)
     tables, geometry = plan.tables(2, None)
     torch.library.opcheck(paged_attention_op, (query, k_cache, v_cache, tables, geometry, 0.25, 0, 0.0))
+    bias = torch.randn(4, 9)
+    torch.library.opcheck(paged_attention_op, (query, k_cache, v_cache, tables, geometry, 0.25, 0, 0.0, bias, True))
     key, value = torch.randn(4, 2, 16), torch.randn(4, 2, 16)
     torch.library.opcheck(store_kv_op, (key, value, k_cache, v_cache, plan.slots))
 
