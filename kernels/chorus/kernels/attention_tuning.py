@@ -48,6 +48,8 @@ ATTEND_TILES = (
     AttendTiles(2, 128, "sm100", 64, 4, 2, "predicted: 32 KB of K and V a stage; 8 warps spill"),
     AttendTiles(2, 128, "", 64, 8, 2, "predicted: 32 KB of K and V a stage; 4 warps spill on sm80"),
     AttendTiles(2, 256, "", 32, 8, 2, "predicted: 32 KB of K and V a stage"),
+    AttendTiles(4, 64, "sm80", 16, 4, 1, _FMA + "; 8 warps spill without causality"),
+    AttendTiles(4, 64, "sm90", 16, 16, 1, _FMA + "; 8 warps spill with a bias over packed keys, 4 without causality"),
     AttendTiles(4, 128, "", 16, 8, 1, _FMA),
 )
 
