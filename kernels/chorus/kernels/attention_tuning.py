@@ -46,6 +46,7 @@ ATTEND_TILES = (
     AttendTiles(2, 256, "hip", 16, 8, 1, _HIP),
     AttendTiles(2, 64, "", 64, 4, 3, "predicted: 16 KB of K and V a stage"),
     AttendTiles(2, 128, "sm100", 64, 4, 2, "predicted: 32 KB of K and V a stage; 8 warps spill"),
+    AttendTiles(2, 128, "sm80", 64, 8, 3, "predicted: 32 KB of K and V a stage; with 2 stages cross-attention spills"),
     AttendTiles(2, 128, "", 64, 8, 2, "predicted: 32 KB of K and V a stage; 4 warps spill on sm80"),
     AttendTiles(2, 256, "", 32, 8, 2, "predicted: 32 KB of K and V a stage"),
     AttendTiles(4, 64, "sm80", 16, 4, 1, _FMA + "; 8 warps spill without causality"),
