@@ -1,0 +1,115 @@
+"""What adapters that come and go cost those that decode: inter-token times with and without them, in turns.
+
+    python benchmarks/churn.py [--rounds 5] [--streams 4] [--per-second 10] [--json]
+
+A live server of the embedded base whose adapter memory holds few. Streams decode over the base and an adapter that
+stays; meanwhile others are asked for, each of which has to be loaded and evicts one. Prints p50 and p99 of the times
+between a stream's messages, and with --json one JSON line last; a row goes to results/churn.jsonl.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chorus.client.aio import AsyncClient
+from chorus.models.checkpoint import base_folder
+from common import Others, record, wait_until_quiet
+from loads.distinct import write_adapter
+from loads.live_server import live_server
+from loads.open_loop import TENANT, adapter_name
+
+RANK, PASSING, TOKENS = 8, 12, 400
+MEMORY_MB = 1  # three adapters of the embedded base
+
+
+async def decode(client: AsyncClient, streams: int) -> list[float]:
+    """Seconds between messages of streams that all run at once; half of them have the adapter that stays."""
+
+    async def one(i: int) -> list[float]:
+        adapter = f"{TENANT}/{adapter_name(0)}" if i % 2 else ""
+        prompt = [20 + i, *range(30, 60)]
+        async with client.stream(
+            prompt, adapter=adapter, max_tokens=TOKENS, temperature=0.0, ignore_eos=True
+        ) as answer:
+            times = [time.perf_counter() async for _ in answer]
+        return [after - before for before, after in itertools.pairwise(times)]
+
+    return [gap for gaps in await asyncio.gather(*(one(i) for i in range(streams))) for gap in gaps]
+
+
+async def come_and_go(client: AsyncClient, per_second: float, names: Iterator[str], loads: list[float]) -> None:
+    """Asks for a token of one adapter after the other, until cancelled; `loads` gets the seconds of each load."""
+    while True:
+        began = time.perf_counter()
+        answer = await client.generate([20, 21], adapter=f"{TENANT}/{next(names)}", max_tokens=1)
+        if answer.timing.adapter_load > 0:
+            loads.append(answer.timing.adapter_load)
+        await asyncio.sleep(max(1 / per_second - (time.perf_counter() - began), 0))
+
+
+async def measure(client: AsyncClient, arguments: argparse.Namespace) -> dict[str, Any]:
+    names = itertools.cycle([adapter_name(i) for i in range(1, PASSING + 1)])
+    gaps: dict[str, list[list[float]]] = {"quiet": [], "churn": []}
+    loads: list[float] = []
+    seconds = 0.0
+    await decode(client, arguments.streams)
+    for _ in range(arguments.rounds):
+        gaps["quiet"].append(await decode(client, arguments.streams))
+        passing = asyncio.create_task(come_and_go(client, arguments.per_second, names, loads))
+        began = time.perf_counter()
+        gaps["churn"].append(await decode(client, arguments.streams))
+        seconds += time.perf_counter() - began
+        passing.cancel()
+        with suppress(asyncio.CancelledError):
+            await passing
+    row: dict[str, Any] = {"loads_per_second": len(loads) / seconds}
+    for which, rounds in gaps.items():
+        for percent in (50, 99):
+            row[f"{which}_p{percent}_ms"] = statistics.median(float(np.percentile(r, percent)) for r in rounds) * 1e3
+    return row | {
+        f"p{percent}_ratio": row[f"churn_p{percent}_ms"] / row[f"quiet_p{percent}_ms"] for percent in (50, 99)
+    }
+
+
+async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    shape = json.loads((base_folder(None) / "config.json").read_text())
+    options = ("--adapter-memory-mb", str(MEMORY_MB), "--threads", "1")
+    with live_server(folder / "state", *options) as server:
+        async with AsyncClient(server.inference, admin=server.admin) as client:
+            for i in range(PASSING + 1):
+                path = write_adapter(shape, folder / adapter_name(i), i, [RANK])
+                await client.push(path, tenant=TENANT, name=adapter_name(i))
+            others = Others()
+            return {**await measure(client, arguments), "others_cores": others.refuse()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=int, default=4)
+    parser.add_argument("--per-second", type=float, default=10.0, help="adapters that are loaded meanwhile")
+    parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    arguments = parser.parse_args()
+    wait_until_quiet()
+    with tempfile.TemporaryDirectory() as name:
+        row = asyncio.run(run(arguments, Path(name)))
+    for name, value in row.items():
+        print(f"{name:16} {value:8.3f}", file=sys.stderr)
+    record("churn", {"streams": arguments.streams, "per_second": arguments.per_second, **row})
+    if arguments.json:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
