@@ -1,0 +1,19 @@
+"""A tiny run of the churn benchmark against a live server."""
+
+import asyncio
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+import churn
+from common import Others
+
+
+def test_adapters_come_and_go_while_streams_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(churn, "TOKENS", 60)
+    monkeypatch.setattr(Others, "refuse", Others.cores)
+    row = asyncio.run(churn.run(Namespace(rounds=1, streams=2, per_second=20.0), tmp_path))
+    assert row["loads_per_second"] > 1
+    assert 0 < row["quiet_p50_ms"] <= row["quiet_p99_ms"]
+    assert row["p99_ratio"] == pytest.approx(row["churn_p99_ms"] / row["quiet_p99_ms"])
