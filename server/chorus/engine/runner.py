@@ -65,4 +65,5 @@ class Runner:
 def upload(*lists: list[int], device: torch.device) -> tuple[Tensor, ...]:
     """The lists as int64 tensors on the device, in one copy that nobody waits for."""
     flat = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64, pin_memory=device.type == "cuda")
-    return flat.to(device, non_blocking=True).split([len(part) for part in lists])
+    parts: tuple[Tensor, ...] = flat.to(device, non_blocking=True).split([len(part) for part in lists])
+    return parts
