@@ -4,13 +4,13 @@ The runner passes a `StepAttention` into the model's forward under the keyword `
 through every layer to this function. No mask function is registered under our name, so transformers builds no mask.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from chorus.kernels import AttentionPlan, paged_attention, store_kv
+from chorus.kernels import AttentionPlan, RopePlan, paged_attention, store_kv
 
 NAME = "chorus_paged"
 
@@ -22,6 +22,15 @@ class StepAttention:
     plan: AttentionPlan
     k_cache: Tensor
     v_cache: Tensor
+    _ropes: dict[int, RopePlan] = field(default_factory=dict)
+
+    def rope(self, cos: Tensor, sin: Tensor) -> RopePlan:
+        """The rotation by cos and sin, [1, T, R], whose halves are alike; made once for all layers that share them."""
+        key = id(cos)
+        if key not in self._ropes:
+            half = cos.shape[-1] // 2
+            self._ropes[key] = RopePlan(cos[0, :, :half], sin[0, :, :half], self.plan.slots)
+        return self._ropes[key]
 
 
 def attend(

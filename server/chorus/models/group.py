@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chorus.kernels import low_rank
+from chorus.kernels import low_rank_group
 from chorus.models.linear import PACKED_FOR_ROWS, AdaptedLinear
 
 
@@ -51,9 +51,9 @@ class LinearGroup:
             y = F.linear(x, self.weight, self.bias)
         else:
             y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-        for member, start in zip(self.members, self._starts, strict=True):
-            if member.plan is not None and member.pool is not None:
-                low_rank(y.narrow(1, start, member.out_features), x, member.pool, member.plan)
+        if any(member.plan is not None for member in self.members):
+            pools, plans = [member.pool for member in self.members], [member.plan for member in self.members]
+            low_rank_group(y.split(self.widths, dim=1), x, pools, plans)
         return y
 
     def _join(self, name: str) -> Tensor | None:
