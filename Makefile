@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SOURCES := protos/api_page.py kernels server trainer benchmarks tests
 PROTOS := $(shell find protos -name '*.proto' | LC_ALL=C sort)
 
-.PHONY: demo test lint types protos protos-check kernels-compile bench gpu setup clean
+.PHONY: demo test lint types protos protos-check kernels-compile bench tables gpu setup clean
 
 demo: $(VENV)/.trainer
 	$(BIN)/chorus demo
@@ -42,6 +42,11 @@ kernels-compile: setup
 
 bench: setup
 	$(BIN)/python benchmarks/engine.py --json
+
+# README's tables and the operators' plot, from benchmarks/results/.
+tables: setup
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/kernel_plots.py
 
 # Installs nothing: runs with PYTHON as it finds it, on a machine with a CUDA device.
 gpu: export PYTHONPATH := protos:kernels:server:trainer

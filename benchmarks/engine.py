@@ -77,9 +77,9 @@ def median(answers: list[Answer], name: str) -> float:
     return float(statistics.median(answer[name] for answer in answers))
 
 
-def speed_row(field: Field, answers: dict[tuple[str, str], list[Answer]]) -> dict[str, float]:
-    """Tokens/s and ratios of all workloads; prints them as a table."""
-    row: dict[str, float] = {}
+def speed_row(field: Field, answers: dict[tuple[str, str], list[Answer]]) -> dict[str, Any]:
+    """Tokens/s, ratios and the ranges of their pairs, of all workloads; prints them as a table."""
+    row: dict[str, Any] = {}
     print(f"{'workload':10} {'chorus tok/s':>14} {'peer tok/s':>12} {'ratio':>7}   range of ratios", file=sys.stderr)
     for workload in WORKLOADS:
         ours = answers[workload, "chorus"]
@@ -91,11 +91,12 @@ def speed_row(field: Field, answers: dict[tuple[str, str], list[Answer]]) -> dic
             other = median(theirs, "tok_s")
             pairs = sorted(a["tok_s"] / b["tok_s"] for a, b in zip(ours, theirs, strict=True))
             print(f"  {name:22} {other:12.1f} {mine / other:9.2f}   {pairs[0]:.2f}..{pairs[-1]:.2f}", file=sys.stderr)
-            row |= {f"{workload}_{name}_tok_s": other, f"{workload}_over_{name}": mine / other}
+            over = f"{workload}_over_{name}"
+            row |= {f"{workload}_{name}_tok_s": other, over: mine / other, f"{over}_range": [pairs[0], pairs[-1]]}
     return row
 
 
-def efficiency_row(speed: dict[str, float], floors: list[Answer]) -> dict[str, float]:
+def efficiency_row(speed: dict[str, Any], floors: list[Answer]) -> dict[str, float]:
     """What share of a decode step the floor is."""
     row = {name: median(floors, name) for name in ("linears_ms", "read_gb_s", "adapter_ms")}
     for workload in EFFICIENCY_OF:

@@ -4,7 +4,8 @@
 
 Prints the ceilings first, then a table: time, the floor (bytes that have to move, at the measured read bandwidth),
 floor over time, and each contestant's time over ours. Contestants take turns on the same inputs, which rotate past the
-caches. With --json one JSON line comes last; a row goes to results/kernels.jsonl.
+caches. With --json one JSON line comes last; a row goes to results/kernels.jsonl. On CUDA a sweep of
+`low_rank` over Llama-3-8B's shapes comes first (`kernel_sweep.py`), a row in that file for each case.
 
 A peer is a function (op, inputs) -> a callable to time, or None where it has nothing for that operator; the inputs are
 the fields of `LowRankCase` or `AttentionCase`. It may be given more than once.
@@ -15,179 +16,26 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from chorus.kernels import (
-    AttentionPlan,
-    AttentionRow,
-    LowRankPlan,
-    LowRankSegment,
-    RankPool,
-    low_rank_group,
-    paged_attention,
+from common import copy_bandwidth, matmul_rate, read_bandwidth, record, wait_until_quiet
+from kernel_cases import (
+    RANK,
+    ROWS,
+    Work,
+    attention_case,
+    attention_contestants,
+    low_rank_case,
+    low_rank_contestants,
+    step_groups,
 )
-from common import SHAPE_144M, copy_bandwidth, matmul_rate, read_bandwidth, record, wait_until_quiet
+from kernel_sweep import Ceilings, Peer, empty_launch, llama_cases, sweep
 
-ROWS, RANK = 16, 16
-LAYERS = SHAPE_144M["num_hidden_layers"]
 CONTEXTS = (128, 512, 1024)
-HEADS, KV_HEADS, DIM, BLOCK = 16, 4, 64, 32
 ROUNDS = 15
-
-Work = Callable[[], object]
-Peer = Callable[[str, Any], Work | None]
-
-
-@dataclass(frozen=True)
-class LowRankCase:
-    """One step's deltas: for each layer and linear x [16, K], base weight [N, K], pool a [256, K], b [256, N].
-
-    q, k and v have the same x, and so have gate and up.
-    """
-
-    x: list[Tensor]
-    weight: list[Tensor]
-    pool: list[RankPool]
-    y: list[Tensor]
-    segments: list[LowRankSegment]
-
-    @property
-    def bytes(self) -> int:
-        """Adapters' weights once, x read, y read and written."""
-        pools = sum(pool.a.nbytes + pool.b.nbytes for pool in self.pool)
-        inputs = {id(x): x.nbytes for x in self.x}
-        return pools + sum(inputs.values()) + sum(2 * y.nbytes for y in self.y)
-
-
-@dataclass(frozen=True)
-class AttentionCase:
-    """Decode of 16 rows: query [16, H, D], caches [blocks, H_kv, B, D] of each layer, pages scattered."""
-
-    context: int
-    query: Tensor
-    k_cache: list[Tensor]
-    v_cache: list[Tensor]
-    rows: list[AttentionRow]
-
-    @property
-    def bytes(self) -> int:
-        """Every key and value once."""
-        return 2 * ROWS * self.context * KV_HEADS * DIM * self.query.element_size() * len(self.k_cache)
-
-
-def linears() -> Iterator[tuple[int, int]]:
-    """(K, N) of a layer's seven linears."""
-    hidden, ffn = SHAPE_144M["hidden_size"], SHAPE_144M["intermediate_size"]
-    kv = KV_HEADS * DIM
-    yield from (
-        (hidden, hidden),
-        (hidden, kv),
-        (hidden, kv),
-        (hidden, hidden),
-        (hidden, ffn),
-        (hidden, ffn),
-        (ffn, hidden),
-    )
-
-
-def groups() -> list[tuple[int, int]]:
-    """The sites that read the same x, from the first to before the last: q, k, v; o; gate, up; down."""
-    return [(7 * layer + a, 7 * layer + b) for layer in range(LAYERS) for a, b in ((0, 3), (3, 4), (4, 6), (6, 7))]
-
-
-def low_rank_case(device: str) -> LowRankCase:
-    torch.manual_seed(0)
-    rows = ROWS * RANK
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device).bfloat16()
-
-    sites = [shape for _ in range(LAYERS) for shape in linears()]
-    scale = torch.full((rows,), 0.5, device=device)
-    inputs = [[random(ROWS, sites[first][0])] * (last - first) for first, last in groups()]
-    return LowRankCase(
-        x=[x for same in inputs for x in same],
-        weight=[random(n, k) for k, n in sites],
-        pool=[RankPool(random(rows, k), random(rows, n), scale) for k, n in sites],
-        y=[random(ROWS, n) for _, n in sites],
-        segments=[LowRankSegment(i, i + 1, tuple(range(i * RANK, (i + 1) * RANK))) for i in range(ROWS)],
-    )
-
-
-def low_rank_contestants(case: LowRankCase) -> dict[str, Work]:
-    plan = LowRankPlan(case.segments, case.x[0].device)
-
-    sites = [(case.y[a:b], case.x[a], case.pool[a:b], [plan] * (b - a)) for a, b in groups()]
-
-    def ours() -> None:
-        for ys, x, pools, plans in sites:
-            low_rank_group(ys, x, pools, plans)
-
-    def base() -> None:
-        for x, weight in zip(case.x, case.weight, strict=True):
-            F.linear(x, weight)
-
-    def loop() -> None:
-        for y, x, pool in zip(case.y, case.x, case.pool, strict=True):
-            for s in case.segments:
-                part = slice(s.pool_rows[0], s.pool_rows[-1] + 1)
-                y[s.start : s.end] += (x[s.start : s.end] @ pool.a[part].T) @ pool.b[part] * 0.5
-
-    def bmm() -> None:
-        for y, x, pool in zip(case.y, case.x, case.pool, strict=True):
-            a, b = pool.a.view(ROWS, RANK, -1), pool.b.view(ROWS, RANK, -1)
-            y.add_(torch.bmm(torch.bmm(x[:, None], a.transpose(1, 2)), b)[:, 0], alpha=0.5)
-
-    return {"chorus": ours, "base linears": base, "loop over adapters": loop, "padded bmm": bmm}
-
-
-def attention_case(context: int, device: str) -> AttentionCase:
-    torch.manual_seed(context)
-    each = -(-context // BLOCK)
-    blocks = torch.randperm(ROWS * each).view(ROWS, each).tolist()
-
-    def cache() -> Tensor:
-        return torch.randn(ROWS * each, KV_HEADS, BLOCK, DIM, device=device).bfloat16()
-
-    return AttentionCase(
-        context=context,
-        query=torch.randn(ROWS, HEADS, DIM, device=device).bfloat16(),
-        k_cache=[cache() for _ in range(LAYERS)],
-        v_cache=[cache() for _ in range(LAYERS)],
-        rows=[AttentionRow(i, i + 1, context, blocks[i]) for i in range(ROWS)],
-    )
-
-
-def attention_contestants(case: AttentionCase) -> dict[str, Work]:
-    device = case.query.device
-    plan = AttentionPlan(case.rows, BLOCK, device)
-    tables = [torch.tensor(row.blocks, device=device) for row in case.rows]
-    # Each contestant has the layout that suits it best: position-major pages are gathered as rows of a sequence.
-    layers = list(zip(case.k_cache, case.v_cache, strict=True))
-    by_position = [tuple(cache.transpose(1, 2).contiguous() for cache in layer) for layer in layers]
-
-    def ours() -> None:
-        for k_cache, v_cache in layers:
-            paged_attention(case.query, k_cache, v_cache, plan, scale=DIM**-0.5)
-
-    def folded() -> None:
-        for caches in by_position:
-            for i, table in enumerate(tables):
-                key, value = (
-                    cache.index_select(0, table).view(1, -1, KV_HEADS, DIM)[:, : case.context].transpose(1, 2)
-                    for cache in caches
-                )
-                query = case.query[i].view(1, KV_HEADS, HEADS // KV_HEADS, DIM)
-                F.scaled_dot_product_attention(query, key, value)
-
-    return {"chorus": ours, "per-row folded SDPA": folded}
 
 
 def take_turns(contestants: dict[str, Work], device: str) -> dict[str, float]:
@@ -236,10 +84,16 @@ def measure(ops: list[str], peers: dict[str, Peer], device: str) -> dict[str, An
         "copy_gb_s": copy / 1e9,
         "matmul_tflop_s": rate / 1e12,
     }
+    if device == "cuda":
+        ceilings = Ceilings(read, rate, empty_launch())
+        row["empty_launch_us"] = ceilings.launch * 1e6
+        print(f"an empty node of a graph {row['empty_launch_us']:.2f} us", file=sys.stderr)
+        if "low_rank" in ops:
+            record_sweep(ceilings, peers)
     if device == "cpu":
         row["threads"] = torch.get_num_threads()
     if "low_rank" in ops:
-        deltas = low_rank_case(device)
+        deltas = low_rank_case(device, step_groups(), ROWS, [RANK] * ROWS)
         found = run("low_rank", deltas, low_rank_contestants(deltas), peers, read, device)
         row["low_rank"] = found
         row["low_rank_16x16_over_base_linears"] = found["seconds"]["chorus"] / found["seconds"]["base linears"]
@@ -256,6 +110,19 @@ def measure(ops: list[str], peers: dict[str, Peer], device: str) -> dict[str, An
     return row
 
 
+def record_sweep(ceilings: Ceilings, peers: dict[str, Peer]) -> None:
+    """A row for each of Llama-3-8B's cases, and a printed line: ours beside its floor, the others in times of ours."""
+    started = int(time.time())
+    for found in sweep(llama_cases(), ceilings, peers, "cuda"):
+        ours = found["seconds"]["chorus"]
+        others = "  ".join(
+            f"{name} x{taken / ours:.2f}" for name, taken in found["seconds"].items() if name != "chorus"
+        )
+        floor = f"floor {found['floor'] * 1e6:8.1f} us, floor/time {found['floor_over_time']:.2f}"
+        print(f"{found['case']:42} {ours * 1e6:9.1f} us  {floor}  {others}", file=sys.stderr)
+        record("kernels", {"device": "cuda", "run": started, **found})
+
+
 def load_peer(name: str) -> Peer:
     module, _, function = name.partition(":")
     peer: Peer = getattr(import_module(module), function)
@@ -269,6 +136,8 @@ def main() -> None:
     parser.add_argument("--peer", metavar="MODULE:FUNCTION", action="append", default=[])
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: torch finds no CUDA device here")
     wait_until_quiet()
     peers = {name: load_peer(name) for name in arguments.peer}
     with torch.inference_mode():

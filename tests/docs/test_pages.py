@@ -123,6 +123,12 @@ def test_the_table_of_families_is_fresh() -> None:
     assert (ROOT / "docs/families.md").read_text().endswith(families.markdown())
 
 
+def test_readmes_tables_are_drawn_from_the_newest_results() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/tables.py"), "--check"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

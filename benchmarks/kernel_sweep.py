@@ -1,0 +1,175 @@
+"""`low_rank` over Llama-3-8B's shapes, case by case, for GPUs: rows, adapters, ranks; each case beside its floor.
+
+A pass calls a contestant on several copies of the inputs, past the L2 cache; its time is divided by their number. On
+CUDA passes are timed by events, those of few rows replayed from a graph, so that launches cost what a graph's nodes do.
+The same code runs on a CPU, over wall clock, for its tests.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from kernel_cases import PASS_BYTES, Group, LowRankCase, Work, layer_groups, low_rank_case, low_rank_contestants
+
+PASSES = 11
+GRAPH_ROWS = 256  # decodes; above, the work hides its launches
+LOOPED_ADAPTERS = 64  # above, the loop over adapters is thousands of launches and nothing else
+MIXED = (8, 16, 32, 128)
+HIDDEN, KV, FFN = 4096, 1024, 14336
+
+Peer = Callable[[str, Any], Work | None]
+
+
+class Ceilings(NamedTuple):
+    """Bytes a second, FLOP a second, and the seconds of one empty launch in a graph (0 where there are none)."""
+
+    read: float
+    matmul: float
+    launch: float
+
+
+class SweepCase(NamedTuple):
+    """Deltas of `rows` rows at the sites of `groups`, an adapter for each of `ranks`."""
+
+    shape: str
+    groups: tuple[Group, ...]
+    rows: int
+    ranks: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        ranks = f"r{self.ranks[0]}" if len(set(self.ranks)) == 1 else "mixed"
+        return f"{self.shape} rows {self.rows} adapters {len(self.ranks)} {ranks}"
+
+    @property
+    def bytes(self) -> int:
+        """Adapters' weights once, each group's x read once, y read and written; two bytes an element."""
+        pools = sum(self.ranks) * self._width
+        inputs = self.rows * sum(k for k, _ in self.groups)
+        outputs = 2 * self.rows * sum(sum(ns) for _, ns in self.groups)
+        return 2 * (pools + inputs + outputs)
+
+    @property
+    def copies(self) -> int:
+        """Inputs of a pass, so that it reads past the cache."""
+        return max(PASS_BYTES // self.bytes, 1)
+
+    def floor(self, ceilings: Ceilings) -> float:
+        """Seconds that no implementation is under: bytes, FLOPs, one launch for what reads the same x."""
+        flops = 2 * self._width * sum(self.ranks) * (self.rows // len(self.ranks))
+        launches = len(self.groups) * ceilings.launch
+        return max(self.bytes / ceilings.read, flops / ceilings.matmul, launches)
+
+    @property
+    def _width(self) -> int:
+        return sum(k + n for k, ns in self.groups for n in ns)
+
+
+def llama_cases() -> Iterator[SweepCase]:
+    """Llama-3-8B: a layer's seven linears; then q or o, k or v, gate or up, down, each alone.
+
+    Decodes all distinct, prefill of few adapters, other ranks and mixed ones.
+    """
+    layer = layer_groups(HIDDEN, KV, FFN)
+    for rows in (1, 16, 64):
+        yield SweepCase("layer", layer, rows, (16,) * rows)
+    for k, n in ((HIDDEN, HIDDEN), (HIDDEN, KV), (HIDDEN, FFN), (FFN, HIDDEN)):
+        for rows, adapters in ((1, 1), (16, 16), (64, 64), (256, 256), (64, 8), (2048, 1), (2048, 8), (8192, 8)):
+            yield single(k, n, rows, (16,) * adapters)
+    for rank in (8, 32, 64, 128):
+        yield single(HIDDEN, HIDDEN, 64, (rank,) * 64)
+    yield single(HIDDEN, HIDDEN, 64, MIXED * 16)
+    yield single(HIDDEN, HIDDEN, 2048, MIXED * 2)
+
+
+def single(k: int, n: int, rows: int, ranks: tuple[int, ...]) -> SweepCase:
+    """One linear, [K, N]."""
+    return SweepCase(f"{k}x{n}", ((k, (n,)),), rows, ranks)
+
+
+def sweep(
+    cases: Iterable[SweepCase], ceilings: Ceilings, peers: dict[str, Peer], device: str
+) -> Iterator[dict[str, Any]]:
+    """A row for each case: seconds a call by contestant, the floor, floor over time of ours."""
+    for case in cases:
+        inputs = low_rank_case(device, case.groups * case.copies, case.rows, case.ranks)
+        contestants = _contestants(inputs, case, peers)
+        seconds = {name: _seconds(work, case, device) for name, work in contestants.items()}
+        floor = case.floor(ceilings)
+        yield {
+            "op": "low_rank",
+            "case": case.name,
+            "shape": case.shape,
+            "rows": case.rows,
+            "adapters": len(case.ranks),
+            "ranks": sorted(set(case.ranks)),
+            "seconds": seconds,
+            "floor": floor,
+            "floor_over_time": floor / seconds["chorus"],
+        }
+
+
+def empty_launch() -> float:
+    """Seconds of one node of a CUDA graph that does next to nothing."""
+    one, count = torch.zeros(1, device="cuda"), 100
+    return _event_seconds(_captured(lambda: [one.zero_() for _ in range(count)])) / count
+
+
+def _contestants(inputs: LowRankCase, case: SweepCase, peers: dict[str, Peer]) -> dict[str, Work]:
+    contestants = low_rank_contestants(inputs)
+    if len(case.ranks) > LOOPED_ADAPTERS:
+        del contestants["loop over adapters"]
+    for name, peer in peers.items():
+        if (work := peer("low_rank", inputs)) is not None:
+            contestants[name] = work
+    return contestants
+
+
+def _seconds(work: Work, case: SweepCase, device: str) -> float:
+    """Of one call: the median pass over its number of inputs."""
+    if device == "cuda":
+        taken = _event_seconds(_captured(work) if case.rows <= GRAPH_ROWS else work)
+    else:
+        taken = _wall_seconds(work)
+    return taken / case.copies
+
+
+def _captured(work: Work) -> Work:
+    """Replays it from a graph; it has run once, on a stream of its own, so that nothing is compiled while capturing."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    replay: Work = graph.replay
+    return replay
+
+
+def _event_seconds(work: Work) -> float:
+    """Median by CUDA events, after two passes that are not counted."""
+    times: list[float] = []
+    for i in range(PASSES + 2):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        work()
+        ended.record()
+        ended.synchronize()
+        if i >= 2:
+            times.append(began.elapsed_time(ended) / 1e3)
+    return statistics.median(times)
+
+
+def _wall_seconds(work: Work) -> float:
+    times = []
+    for i in range(PASSES + 2):
+        began = time.perf_counter()
+        work()
+        if i >= 2:
+            times.append(time.perf_counter() - began)
+    return statistics.median(times)
