@@ -1,6 +1,7 @@
 """The operators' benchmark in small, on a CPU: every contestant, a peer, floors, the keys that others read."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,6 +104,13 @@ def test_llamas_cases_span_what_the_targets_name() -> None:
     assert {rank for case in cases for rank in case.ranks} >= {8, 16, 128}
     assert all(case.rows % len(case.ranks) == 0 for case in cases)
     assert len({case.name for case in cases}) == len(cases)
+
+
+def test_the_cases_that_the_predictions_name_are_swept() -> None:
+    page = (SCRIPT.parents[1] / "docs/kernels-predictions.md").read_text()
+    named = re.findall(r"`(\w+\s+rows \d+ adapters \d+ \w+)`", page)
+    assert len(named) == 3
+    assert set(named) <= {case.name for case in llama_cases()}
 
 
 def test_without_a_cuda_device_the_benchmark_says_so() -> None:
