@@ -119,11 +119,12 @@ def test_rows_that_share_pages_read_the_same() -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_store_kv_equals_its_specification_and_stores_nothing_that_overflows() -> None:
-    key, value = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_store_kv_equals_its_specification_and_stores_nothing_that_overflows(dtype: torch.dtype) -> None:
+    key, value = torch.randn(3, 2, 4).to(dtype), torch.randn(3, 2, 4).to(dtype)
     key[1, 0, 0], value[2, 1, 3], key[2, 0, 1], value[0, 0, 0] = float("nan"), float("inf"), 3e38, -3e38
     slots = torch.tensor([9, 0, 6])
-    caches = [(torch.zeros(3, 2, BLOCK, 4), torch.zeros(3, 2, BLOCK, 4)) for _ in range(2)]
+    caches = [(torch.zeros(3, 2, BLOCK, 4, dtype=dtype), torch.zeros(3, 2, BLOCK, 4, dtype=dtype)) for _ in range(2)]
     store_kv(key, value, *caches[0], slots)
     reference.store_kv(key, value, *caches[1], slots)
     for fast, spec in zip(*caches, strict=True):

@@ -96,9 +96,18 @@ def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots
     block_size = k_cache.shape[2]
     at = slots // block_size, slots % block_size
     for cache, new in ((k_cache, key), (v_cache, value)):
-        # One pass over the new rows tells that there is nothing to replace; a NaN is not <= either.
-        sound = new.abs().amax() <= reference.KV_LIMIT
-        cache.transpose(1, 2).index_put_(at, new if sound else torch.where(new.abs() <= reference.KV_LIMIT, new, 0))
+        cache.transpose(1, 2).index_put_(at, storable(new))
+
+
+def storable(new: Tensor) -> Tensor:
+    """Keys or values with 0 for what `reference.store_kv` does not store; on CPU.
+
+    One pass tells that there is nothing to replace; a NaN is not below the limit either. float16 would make the limit
+    infinite.
+    """
+    if not new.numel() or float(new.abs().amax()) <= reference.KV_LIMIT:
+        return new
+    return torch.where(new.abs().float() <= reference.KV_LIMIT, new, 0)
 
 
 def paged_attention(

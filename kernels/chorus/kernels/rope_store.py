@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chorus.kernels import reference
+from chorus.kernels.paged_attention import storable
 from chorus.kernels.row_ops import TRITON_DTYPES
 from chorus.kernels.types import Norm
 
@@ -110,8 +111,8 @@ def qk_norm_rope_store(
         query_key = _normed(query_key, heads, q_norm, k_norm)
     query_key = _rotated(query_key, plan)
     rows = plan.cache_rows(kv_heads, block)
-    _store(query_key[:, heads:], k_cache, rows)
-    _store(value, v_cache, rows)
+    k_cache.view(-1, k_cache.shape[3])[rows] = storable(query_key[:, heads:])
+    v_cache.view(-1, v_cache.shape[3])[rows] = storable(value)
     return query_key[:, :heads].contiguous()
 
 
@@ -138,13 +139,6 @@ def _rotated(x: Tensor, plan: RopePlan) -> Tensor:
     if out.dtype != x.dtype:
         out = out.to(x.dtype)
     return out if plan.width == x.shape[2] else torch.cat((out, x[..., plan.width :]), dim=-1)
-
-
-def _store(new: Tensor, cache: Tensor, rows: Tensor) -> None:
-    """`reference.store_kv` of one side. A NaN is not below the limit either; in float16 the limit would be infinite."""
-    if new.numel() and not float(new.abs().amax()) <= reference.KV_LIMIT:
-        new = torch.where(new.abs().float() <= reference.KV_LIMIT, new, 0)
-    cache.view(-1, cache.shape[3])[rows] = new
 
 
 def _check(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: RopePlan) -> None:
