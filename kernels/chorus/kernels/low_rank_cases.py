@@ -15,6 +15,7 @@ from chorus.kernels.tuning import (
     LowRankTiles,
     block_rows,
     expand_lanes,
+    expand_warps,
     gradient_rule,
     low_rank_tiles,
     rank_blocks,
@@ -95,7 +96,7 @@ def _expand_case(
         constants=rows
         | {"BLOCK_R": block, "BLOCK_N": tiles.block_n, "SPLIT_K": tiles.split_k, "MEMBERS": members, "ACTIVATED": full}
         | ({} if full else dict.fromkeys(epilogue)),
-        warps=tiles.expand_warps,
+        warps=expand_warps(family, tiles.expand_warps, between=full),
         stages=stages,
         aligned=frozenset(
             {

@@ -21,6 +21,7 @@ from chorus.kernels.tuning import (
     arch_of,
     block_rows,
     expand_lanes,
+    expand_warps,
     gradient_rule,
     is_fused,
     low_rank_tiles,
@@ -235,7 +236,7 @@ def _expand(partial: Tensor, own: Sequence[Own], columns: int, tiles: LowRankTil
         SPLIT_K=tiles.split_k,
         MEMBERS=len(own),
         ACTIVATED=activated,
-        **launch_options(tiles.expand_warps, stages),
+        **launch_options(expand_warps(family, tiles.expand_warps, between=between), stages),
     )
 
 

@@ -200,6 +200,15 @@ def expand_lanes(block: int, stages: int, dtype: torch.dtype, *, between: bool) 
     return (min(block, 16), 1) if dtype.itemsize == 4 else (min(block, 32), stages)
 
 
+def expand_warps(family: Family, warps: int, *, between: bool) -> int:
+    """Warps of an expand that its rule gives `warps`.
+
+    With an activation or a bias between the products, one row a program spills 8 bytes on sm90 (256 columns on 8 warps,
+    128 on 4) and on sm100 (128 on 4), and nothing anywhere with 4 for 8 and 8 for 4.
+    """
+    return {4: 8, 8: 4}[warps] if between and family is Family.ROWS else warps
+
+
 def low_rank_tiles(family: Family, k: int, n: int, dtype: torch.dtype, arch: str) -> LowRankTiles:
     """The first rows of the tables that fit; every dtype of 2 or 4 bytes has one.
 
