@@ -51,7 +51,8 @@ def test_a_hub_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch)
         raise ConnectionError("a long story\nof many lines")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(NotFound, match=r"'org/name' is no local folder.*ConnectionError$"):
+    remedy = "give a folder's path, or a hub id that this machine can reach"
+    with pytest.raises(NotFound, match=rf"'org/name' is no local folder.*ConnectionError; {remedy}$"):
         load_base("org/name", CPU, torch.float32)
 
 
