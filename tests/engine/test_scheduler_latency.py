@@ -147,6 +147,13 @@ class TestDeadline:
     def test_is_not_judged_before_any_step_has_run(self) -> None:
         Clocked().bench.add(prompt=4000, deadline=1e-6)
 
+    def test_is_not_judged_by_steps_of_one_size(self) -> None:
+        """A cold step of 0.3 s with 5 tokens does not say that 500 take 30 s."""
+        clocked = Clocked()
+        for _ in range(3):
+            clocked.bench.scheduler.cost.observe(Work(5, 15), 0.3)
+        clocked.bench.add(prompt=500, deadline=1.0)
+
     @pytest.mark.parametrize("seed", range(3))
     def test_that_is_kept_without_a_refusal_is_never_refused(self, seed: int) -> None:
         """The same traffic twice: when did first tokens come, and would those have been refused that asked for them?"""

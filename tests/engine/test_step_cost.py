@@ -62,6 +62,13 @@ def test_a_single_step_is_taken_to_be_proportional() -> None:
     assert cost.seconds(Work(50)) == pytest.approx(0.1)
 
 
+def test_tokens_are_known_apart_from_steps_once_sizes_differ() -> None:
+    cost = StepCost()
+    for tokens, knows in ((5, False), (7, False), (15, False), (16, False), (32, True)):
+        cost.observe(Work(tokens), law(Work(tokens)))
+        assert cost.knows_tokens is knows
+
+
 @pytest.mark.parametrize("start", [0, 100, 4000])
 def test_the_tokens_that_fit_take_the_time_that_is_left_and_one_more_does_not_fit(start: int) -> None:
     cost, decodes = learned(), Work().plus(700, 1)

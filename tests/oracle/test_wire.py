@@ -15,6 +15,7 @@ from chorus.admin.v1 import adapters_pb2_grpc
 from chorus.config import ServerConfig
 from chorus.engine.pacing import Pacer
 from chorus.engine.thread import EngineThread
+from chorus.failpoints import VARIABLE
 from chorus.models.base import load_base
 from chorus.services.assembly import ChorusServer, ServedBase
 from chorus.v1 import generate_pb2, inference_pb2_grpc, tasks_pb2
@@ -171,7 +172,11 @@ async def test_prompt_and_continuation_may_fill_the_context(wire: Wire) -> None:
     assert (await refused(wire.inference.Score(request, timeout=30))).reason == "PROMPT_TOO_LONG"
 
 
-async def test_deadline_ends_running_and_queued_work_and_the_next_call_is_served(wire: Wire) -> None:
+async def test_deadline_ends_running_and_queued_work_and_the_next_call_is_served(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "engine.forward=sleep:0.01")
+
     async def call(within_s: float) -> str:
         try:
             await wire.generate("", within_s, max_tokens=240)
@@ -180,7 +185,8 @@ async def test_deadline_ends_running_and_queued_work_and_the_next_call_is_served
         return "OK"
 
     # Sixteen rows run, the others wait behind them; none can be through in time.
-    ends = await asyncio.gather(*(call(0.1) for _ in range(40)))
+    ends = await asyncio.gather(*(call(0.5) for _ in range(40)))
+    monkeypatch.delenv(VARIABLE)
     assert set(ends) == {"DEADLINE_EXCEEDED"}
     await until(lambda: wire.value("chorus_requests_running") == wire.value("chorus_requests_waiting") == 0)
     assert wire.value("chorus_kv_cache_usage_ratio") == 0

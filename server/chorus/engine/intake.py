@@ -77,8 +77,8 @@ def tokens_to_compute(sequences: Iterable[Sequence], keys: PageKeys, pool: Block
 
 
 def can_be_met(left: float, cost: StepCost, tokens: int) -> bool:
-    """Whether so many tokens are computed in the seconds `left`, at twice the measured rate."""
-    return tokens * cost.per_token / BENEFIT_OF_DOUBT <= left
+    """Whether so many tokens are computed in the seconds `left`, at twice the measured rate, if one is known."""
+    return not cost.knows_tokens or tokens * cost.per_token / BENEFIT_OF_DOUBT <= left
 
 
 def check_deadline(left: float, cost: StepCost, *, ahead: int, own: int) -> None:

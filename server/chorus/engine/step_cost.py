@@ -21,6 +21,8 @@ FIT_EVERY = 16
 OUTLIER = 3.0
 """Times the median ratio of measured to fitted seconds."""
 MOST_SPREAD = 2.0
+# Binary digits of a step's tokens. A first, cold step alone would say that each of its few tokens takes a share of it.
+APART = 3
 
 
 class Work(NamedTuple):
@@ -49,6 +51,11 @@ class StepCost:
     @property
     def is_known(self) -> bool:
         return self.per_token > 0
+
+    @property
+    def knows_tokens(self) -> bool:
+        """Whether what a token costs is known apart from what a step costs: steps of four times the size were seen."""
+        return len(self._kept) > 1 and max(self._kept) - min(self._kept) >= APART
 
     def observe(self, work: Work, seconds: float) -> None:
         """A step with this work took so long."""
