@@ -45,7 +45,7 @@ class HeadPlan:
         capacity: HeadCapacity | None = None,
     ) -> None:
         self.runs_triton = device.type == "cuda" if triton is None else triton
-        self.device = device
+        self.device = torch.empty(0, device=device).device  # "cuda" is not equal to a tensor's "cuda:0"
         self._set(segments, rows)
         self.width = max((s.labels for s in self.segments), default=0) if capacity is None else capacity.labels
         self.pieces = _cut(self.segments) if device.type == "cpu" and not self.runs_triton else ()

@@ -45,7 +45,8 @@ class LowRankPlan:
         runs_triton = device.type == "cuda" if triton is None else triton
         on_cpu = device.type == "cpu" and not runs_triton
         self.device = device
-        self._set(segments)
+        self.needs = needs_of(segments)
+        self.segments = tuple(segments)
         self.pieces = cut(self.segments) if on_cpu else ()
         self.vector_rows = VectorRows.of(self.segments) if on_cpu else None
         self.tables = None
@@ -67,12 +68,9 @@ class LowRankPlan:
         """Another batch in the same tables, for replays of a CUDA graph. Only of a plan with a capacity."""
         if self.tables is None:
             raise ValueError("capacity: a plan without one is not written anew")
-        self.tables.rewrite(tuple(segments))
-        self._set(segments)
-
-    def _set(self, segments: Sequence[LowRankSegment]) -> None:
-        self.segments = tuple(segments)
-        self.needs = needs_of(self.segments)
+        needs = needs_of(segments)
+        self.tables.rewrite(segments)
+        self.segments, self.needs = tuple(segments), needs
 
 
 def low_rank(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan, epilogue: Epilogue | None = None) -> Tensor:

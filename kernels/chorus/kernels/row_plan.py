@@ -59,7 +59,7 @@ class RowPlan:
         capacity: int | None = None,
     ) -> None:
         self.runs_triton = device.type == "cuda" if triton is None else triton
-        self.device = device
+        self.device = torch.empty(0, device=device).device  # "cuda" is not equal to a tensor's "cuda:0"
         self._capacity = capacity
         self._set(segments, rows)
         self.cpu = _on_cpu(self.segments) if device.type == "cpu" and not self.runs_triton else None
@@ -85,9 +85,10 @@ class RowPlan:
         self.buffer.copy_(pinned, non_blocking=True)
 
     def _set(self, segments: Sequence[SlotSegment], rows: int) -> None:
-        self.slots_needed = _check(segments, rows)
+        slots_needed = _check(segments, rows)
         if self._capacity is not None and rows > self._capacity:
             raise ValueError(f"rows: {rows}, the capacity is {self._capacity}")
+        self.slots_needed = slots_needed
         self.segments = tuple(s for s in segments if s.start < s.end)
         self.rows = rows
         self._used = sum(s.end - s.start for s in self.segments)
