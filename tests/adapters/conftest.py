@@ -66,7 +66,7 @@ def sites_of() -> Callable[[PreTrainedModel], dict[str, Site]]:
                 ins, outs = module.weight.shape if conv else reversed(module.weight.shape)
                 head = module is model.get_output_embeddings()
                 sites[name] = Site(name, ins, outs, module.bias is not None, transposed=conv, is_lm_head=head)
-            elif isinstance(module, nn.Embedding) and module is model.get_input_embeddings():
+            elif isinstance(module, nn.Embedding):
                 sites[name] = Site(name, module.num_embeddings, module.embedding_dim, is_embedding=True)
         return sites
 

@@ -77,7 +77,9 @@ def test_lowered_llama_adapter_is_pefts_delta_everywhere(
 
 
 @pytest.mark.parametrize(
-    "targets", [["c_attn"], "all-linear", ["attn.c_proj", "c_fc"], r".*h\.1\.mlp\.c_(fc|proj)"], ids=str
+    "targets",
+    [["c_attn"], "all-linear", ["attn.c_proj", "c_fc"], r".*h\.1\.mlp\.c_(fc|proj)", ["wpe", "c_fc"]],
+    ids=str,
 )
 def test_lowered_gpt2_adapter_is_pefts_delta_everywhere(
     targets: Any, gpt2: PreTrainedModel, sites_of: SitesOf, export: Export

@@ -1,8 +1,8 @@
 """Every family, in one table: rows of a mixed batch give the tokens and logits of that adapter alone, in fp32.
 
 Each family comes with its head tied to the embedding and with a head of its own. Each batch packs long and short
-prompts, past every window, in several chunks, without an adapter, with LoRA on all linears, on the embedding, and on
-embedding and head.
+prompts, past every window, in several chunks, without an adapter, with LoRA on all linears, on the embedding, on
+embedding and head, and on learned positions where PEFT adapts them.
 """
 
 from pathlib import Path
@@ -22,16 +22,22 @@ NEW_TOKENS = 6
 CLEAR_GAP = 1e-4
 LENGTHS = (41, 5)
 EMBEDDINGS = {"gpt2": "wte", "gpt-neox": "embed_in"}
+POSITIONS = {"gpt2": "wpe"}
 
 
 def adapters_of(family: str) -> dict[str, dict[str, Any]]:
     """LoRA configs by name; PEFT takes embeddings and heads of every family."""
     embedding = EMBEDDINGS.get(family, "embed_tokens")
-    return {
+    configs: dict[str, dict[str, Any]] = {
         "linears": {"r": 5, "lora_alpha": 9, "fan_in_fan_out": family == "gpt2"},
         "embedding": {"r": 3, "lora_alpha": 5, "target_modules": [embedding]},
         "embedding-and-head": {"r": 4, "lora_alpha": 3, "target_modules": [embedding, "lm_head"]},
     }
+    if positions := POSITIONS.get(family):
+        configs["positions"] = {"r": 3, "lora_alpha": 7, "target_modules": [positions]}
+        both = {"r": 6, "lora_alpha": 4, "use_rslora": True, "rank_pattern": {positions: 2}}
+        configs["positions-and-embedding"] = {**both, "target_modules": [positions, embedding]}
+    return configs
 
 
 class World:

@@ -103,6 +103,12 @@ class Lora:
         return LoweredAdapter("LORA", factors)
 
 
+_FOREIGN = "the adapter was made for another base, or adapts what is not served"
+_HINTS = {
+    "embed_positions": "PEFT looks up the attention mask there, not the positions, so what it trains means nothing; "
+    "train without it"
+}
+
 KINDS: dict[str, Kind] = {"LORA": Lora()}
 
 
@@ -129,8 +135,8 @@ def _check_modules(
     for module, pair in pairs.items():
         if module not in sites:
             raise FailedPrecondition(
-                f"tensor {quote(pair.a_name, 200)}: this base has no linear, token embedding or head "
-                f"{quote(module, 200)}; the adapter was made for another base, or adapts what is not served",
+                f"tensor {quote(pair.a_name, 200)}: this base has no linear, embedding or head {quote(module, 200)}; "
+                f"{_HINTS.get(module.rpartition('.')[2], _FOREIGN)}",
                 reason="UNKNOWN_MODULE",
             )
         if pair.is_embedding != sites[module].is_embedding:

@@ -141,11 +141,12 @@ def _module(folder: Path, config: Any, device: str, dtype: torch.dtype, load_for
 
 
 def _adapt(module: PreTrainedModel, family: Family) -> dict[str, Adapted]:
-    """Wraps the token embedding and every linear in place; returns them by name, in the order of the modules."""
+    """Wraps the embeddings and every linear in place; returns them by name, in the order of the modules."""
     lm_head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
     adapted: dict[str, Adapted] = {}
     for name, layer in module.named_modules():
-        if layer is embedding and isinstance(layer, nn.Embedding):
+        is_adapted = layer is embedding or name.rsplit(".", 1)[-1] == family.positions
+        if is_adapted and isinstance(layer, nn.Embedding):
             adapted[name] = AdaptedEmbedding(layer, embedding_site(name, layer))
         elif isinstance(layer, nn.Linear | Conv1D):
             adapted[name] = wrap(layer, _site(name, layer, family, layer is lm_head))

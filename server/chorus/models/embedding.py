@@ -1,4 +1,4 @@
-"""The token embedding, which adds the batch's low-rank deltas like the linears do."""
+"""Embeddings of tokens and of positions, which add the batch's low-rank deltas like the linears do."""
 
 from torch import Tensor, nn
 
@@ -7,7 +7,7 @@ from chorus.models.sites import Site
 
 
 class AdaptedEmbedding(nn.Module):
-    """An embedding of ids [1, T], whatever its class does with what it looks up (Gemma scales it), plus the deltas.
+    """An embedding of ids or positions [1, T], whatever its class does with what it finds (Gemma scales), and deltas.
 
     `pool` holds the site's adapter weights once there are any; `plan` is set before each step by the runner.
     """
@@ -21,7 +21,7 @@ class AdaptedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[vocabulary, out], which a tied head shares."""
+        """[in, out]; that of tokens a tied head shares."""
         return self.base.weight
 
     def base_weight(self) -> Tensor:
@@ -36,7 +36,7 @@ class AdaptedEmbedding(nn.Module):
 
 
 def embedding_site(name: str, embedding: nn.Embedding) -> Site:
-    """The site of a model's token embedding."""
+    """The site of a model's embedding of tokens or positions."""
     scale = getattr(embedding, "embed_scale", None)
     rounded = float(scale.to(embedding.weight.dtype)) if isinstance(scale, Tensor) else float(scale or 1.0)
     return Site(

@@ -14,7 +14,8 @@ class Family:
     """A transformers decoder whose attention goes through AttentionInterface.
 
     `column` and `row` name the linears that tensor parallelism splits by output and by input; a fused linear counts
-    as what its parts are. `note` says what is particular, for the docs.
+    as what its parts are. `note` says what is particular, for the docs. `positions` names the embedding of positions
+    where there is one that PEFT adapts: it looks up what the base does. Of OPT's it does not (docs/decisions.md).
     """
 
     model_type: str
@@ -24,6 +25,7 @@ class Family:
     note: str = ""
     plain_block: bool = False
     """Its layers are what `block.Block` computes."""
+    positions: str = ""
 
 
 _COLUMN = frozenset({"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"})
@@ -58,13 +60,20 @@ FAMILIES = {
             "fused q/k/v and gate/up, adapted as PEFT does, as one module each; sliding window; longrope",
             plain_block=True,
         ),
-        Family("gpt2", "GPT-2", frozenset({"c_attn", "c_fc"}), frozenset({"c_proj"}), "Conv1D, learned positions"),
+        Family(
+            "gpt2",
+            "GPT-2",
+            frozenset({"c_attn", "c_fc"}),
+            frozenset({"c_proj"}),
+            "Conv1D; learned positions, adapted too",
+            positions="wpe",
+        ),
         Family(
             "opt",
             "OPT",
             frozenset({"q_proj", "k_proj", "v_proj", "fc1"}),
             frozenset({"out_proj", "fc2"}),
-            "learned positions",
+            "learned positions, which PEFT can not adapt",
         ),
         Family(
             "gpt_neox",

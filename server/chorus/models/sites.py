@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A linear layer of the base, y[T, out] = x[T, in] W, or its token embedding, whose x are one-hot rows.
+    """A linear layer of the base, y[T, out] = x[T, in] W, or an embedding, whose x are one-hot rows.
 
     `name` is the module path inside the transformers model (`model.layers.0.self_attn.q_proj`).
     `transposed` is True for GPT-2's Conv1D, whose weight is [in, out].
