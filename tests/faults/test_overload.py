@@ -1,4 +1,4 @@
-"""Faults 22, 23 and 27: deadlines in the queue and in the batch, a reader that does not read, more than fits."""
+"""Faults 22 and 27: deadlines in the queue and in the batch, more than fits."""
 
 import time
 from collections.abc import Iterator
@@ -7,16 +7,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
 import pytest
 
 from chorus.client import Client, Stream
 from chorus.errors import ChorusError, DeadlineExceeded, ResourceExhausted
-from chorus.v1 import generate_pb2, inference_pb2_grpc
-from support.claims import assert_solo_greedy, refused, until
+from faults.idleness import is_idle
+from support.claims import until
 from support.scrape import Scrape
 from support.server import ServerProcess
-from support.worlds import PROMPT, TinyWorld
+from support.worlds import PROMPT
 
 ROWS, QUEUE = 4, 4  # of the server
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
@@ -26,12 +25,6 @@ STARTED = "chorus_request_queue_time_seconds_count"
 
 def grown(name: str, before: Scrape, after: Scrape, **labels: str) -> float:
     return after.value(name, **labels) - before.value(name, **labels)
-
-
-def is_idle(server: ServerProcess) -> bool:
-    now = server.scrape()
-    names = ("requests_running", "requests_waiting", "kv_cache_usage_ratio")
-    return all(now.value(f"chorus_{name}") == 0 for name in names)
 
 
 @contextmanager
@@ -72,32 +65,6 @@ def test_deadline_of_a_running_call_gives_everything_back_within_two_steps(narro
         assert 2 < grown(STEPS, before, narrow.scrape()) < 100, "it was not cut short while it ran"
         until(lambda: is_idle(narrow), "pages are back")
     assert narrow.scrape().value(STEPS) - steps <= 2
-
-
-@pytest.mark.parametrize("window", [64, 4096])
-def test_reader_that_does_not_read_loses_its_own_stream_only(
-    narrow: ServerProcess, world: TinyWorld, window: int
-) -> None:
-    until(lambda: is_idle(narrow), "nobody else is there")
-    # A stream of some 200 kB to a reader that takes a few bytes, if not less than a message, and then no more.
-    sampling = generate_pb2.SamplingParams(max_tokens=240, n=2, logprobs=20, ignore_eos=True)
-    request = generate_pb2.GenerateRequest(token_ids=generate_pb2.TokenIds(ids=PROMPT), sampling=sampling)
-    options = [("grpc.enable_http_proxy", 0), ("grpc.http2.lookahead_bytes", window), ("grpc.http2.bdp_probe", 0)]
-    with grpc.insecure_channel(narrow.inference, options) as channel, narrow.client() as client:
-        slow = inference_pb2_grpc.InferenceStub(channel).Generate(request, timeout=30)
-        with client.stream(PROMPT, max_tokens=240, **GREEDY) as neighbour:
-            tokens = [token for delta in neighbour for token in delta.token_ids]
-        until(lambda: is_idle(narrow), "its pages are back, though it still does not read")
-        assert len(tokens) == 240
-        assert_solo_greedy(world.base, None, PROMPT, tokens)
-        # What it was ended by is there for it as soon as it reads on.
-        received = 0
-        with refused("RESOURCE_EXHAUSTED") as error:
-            for message in slow:
-                received += len(message.token_ids)
-        assert received < 2 * 240
-        assert error.reason == "SLOW_READER"
-        assert error.retry_after_s
 
 
 @dataclass(frozen=True)

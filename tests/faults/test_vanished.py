@@ -6,6 +6,7 @@ import subprocess
 from typing import Any
 
 from chorus.client import Client, ResidentVersion
+from faults.idleness import held
 from support.claims import assert_solo_greedy, until
 from support.server import CHORUS, ServerProcess
 from support.worlds import PROMPT, TinyWorld
@@ -14,12 +15,6 @@ from support.worlds import PROMPT, TinyWorld
 LONG: dict[str, Any] = {"max_tokens": 200, "temperature": 0, "ignore_eos": True}
 STEPS = "chorus_engine_steps_total"
 AT_MOST = 2
-
-
-def held(client: Client) -> int:
-    """KV blocks and references that anybody holds."""
-    found = client.residency()
-    return found.totals.kv_blocks_used + sum(version.refs for version in found.versions)
 
 
 def resident(client: Client, digest: str) -> ResidentVersion | None:

@@ -9,6 +9,7 @@ says how the call ended, and in the trailing metadata `chorus-request-id`.
 """
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import secrets
@@ -70,7 +71,7 @@ class Guard:
                 _tell_id(context, facts["request_id"])
                 status = to_grpc(failure)
                 told = tuple(context.trailing_metadata() or ())
-                await context.abort(status.code, status.details, (*told, *(status.trailing_metadata or ())))
+                await _abort(context, status.code, status.details, (*told, *(status.trailing_metadata or ())))
             else:
                 ending.code = "OK"
                 return result
@@ -200,6 +201,15 @@ def _id_of(request: Any) -> str:
     """The caller's id for the request, if it has one that may stand in a log, or a new one."""
     given = getattr(request, "request_id", "")
     return given if given and is_request_id(given) else logs.new_request_id()
+
+
+async def _abort(context: Context, code: grpc.StatusCode, details: str, trailing: Any) -> None:
+    """Ends the call with a status; of one whose caller has gone meanwhile, or did not read up to it, nothing is left.
+
+    gRPC raises what ended the call itself once a handler that has aborted returns.
+    """
+    with contextlib.suppress(grpc.aio.InternalError):
+        await context.abort(code, details, trailing)
 
 
 def _tell_id(context: Context, request_id: str) -> None:
