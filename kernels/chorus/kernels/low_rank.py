@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from chorus.kernels import reference
-from chorus.kernels.low_rank_checks import check, check_epilogue, check_for_triton, needs_of
+from chorus.kernels.low_rank_checks import check, check_disjoint, check_epilogue, check_for_triton, needs_of
 from chorus.kernels.low_rank_cpu import VectorRows, cut
 from chorus.kernels.low_rank_tables import Capacity, LowRankTables
 from chorus.kernels.types import Epilogue, LowRankSegment, RankPool
@@ -122,7 +122,7 @@ def low_rank_group(
     What has an epilogue is a call of `low_rank`.
 
     Raises:
-        ValueError: as `low_rank`, or the sequences differ in length, or, for Triton, pools in rows.
+        ValueError: as `low_rank`, or the sequences differ in length, or, for Triton, pools in rows, or ys share memory.
     """
     if not len(ys) == len(pools) == len(plans):
         raise ValueError(f"ys, pools, plans: want as many of each, got {len(ys)}, {len(pools)} and {len(plans)}")
@@ -153,6 +153,7 @@ def _group_on_triton(x: Tensor, members: Sequence[tuple[Tensor, RankPool, LowRan
     rows = {pool.a.shape[0] for _, pool, _ in members}
     if len(rows) > 1:
         raise ValueError(f"pools: want equally many rows in each, got {sorted(rows)}")
+    check_disjoint([y for y, _, _ in members])
     used = [(y, pool, plan.tables) for y, pool, plan in members if plan.tables and plan.tables.geometry.groups]
     if used:
         ys, pools, tables = zip(*used, strict=True)

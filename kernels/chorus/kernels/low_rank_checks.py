@@ -88,3 +88,25 @@ def check_for_triton(x: Tensor, pool: RankPool, epilogue: Epilogue | None, devic
         raise ValueError(f"pool: mid_scale must be float32, is {pool.mid_scale.dtype}")
     if epilogue is not None and epilogue.mid_bias is not None and not epilogue.mid_bias.is_contiguous():
         raise ValueError("epilogue: mid_bias must be contiguous")
+
+
+def check_disjoint(ys: Sequence[Tensor]) -> None:
+    """Raises ValueError where two outputs of one launch share memory: their programs would undo each other's sums.
+
+    Rows of columns of one tensor lie the same distance apart, so one row says it for all. Outputs among each other's
+    rows that lie differently far apart are refused without looking further.
+    """
+    for i, first in enumerate(ys):
+        for j, second in enumerate(ys[:i]):
+            if _meet(second, first):
+                raise ValueError(f"ys: {j} and {i} share memory, want columns or tensors apart")
+
+
+def _meet(first: Tensor, second: Tensor) -> bool:
+    size, (rows, width), apart = first.element_size(), first.shape, first.stride(0)
+    ahead = (second.data_ptr() - first.data_ptr()) // size
+    if not rows or ahead >= (rows - 1) * apart + width or -ahead >= (rows - 1) * second.stride(0) + second.shape[1]:
+        return False
+    if rows == 1 or apart != second.stride(0):
+        return True
+    return ahead % apart < width or ahead % apart + second.shape[1] > apart

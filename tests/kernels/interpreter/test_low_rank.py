@@ -129,6 +129,41 @@ def test_members_of_a_group_add_to_their_columns_alone() -> None:
         assert float((got - wanted).pow(2).mean().sqrt()) <= 1e-5 * float(wanted.pow(2).mean().sqrt())
 
 
+@pytest.mark.parametrize(
+    ("second", "shares"),
+    [
+        (lambda wide: wide[:4, 16:32], False),
+        (lambda wide: wide[:4, 15:31], True),
+        (lambda wide: wide[1:5, :16], True),
+        (lambda wide: wide[4:8, :16], False),
+        (lambda wide: wide[4:8, 40:], False),
+        (lambda wide: wide.view(16, 24)[8:12, :16], False),
+        (lambda wide: wide.view(16, 24)[1:5, :16], True),
+        (lambda wide: wide[3:7, 40:].clone(), False),
+    ],
+    ids=["columns", "columns in common", "rows in common", "rows apart", "both apart", "behind, another stride",
+         "among, another stride", "another tensor"],
+)  # fmt: skip
+@pytest.mark.parametrize("swapped", [False, True])
+def test_outputs_of_a_group_may_not_share_memory(
+    second: Callable[[torch.Tensor], torch.Tensor], shares: bool, swapped: bool
+) -> None:
+    pools = [make_pool(16, n, torch.float32, torch.Generator().manual_seed(0), pages=1) for n in (16, 8)]
+    plan, x, wide = LowRankPlan(batch_of([(4, 8)]), CPU, triton=True), torch.ones(4, 16), torch.zeros(8, 48)
+    ys, width = [wide[:4, :16], second(wide)], second(wide).shape[1]
+    own = [pools[0], pools[0] if width == 16 else pools[1]]
+    order = [1, 0] if swapped else [0, 1]
+    given_ = [ys[i] for i in order], x, [own[i] for i in order], [plan, plan]
+    if shares:
+        with pytest.raises(ValueError, match="ys: 0 and 1 share memory"):
+            low_rank_group(*given_)
+        assert not wide.any()
+    else:
+        low_rank_group(*given_)
+        assert ys[0].any()
+        assert ys[1].any()
+
+
 def test_a_row_with_nan_reaches_no_other_row() -> None:
     pool = make_pool(32, 16, torch.float32, torch.Generator().manual_seed(0), pages=8)
     segments = batch_of([(1, 8), (1, 5), (20, 16), (70, 8)])
