@@ -172,7 +172,9 @@ class Metrics:
         self._pinned = self._gauge("chorus_adapter_pinned", "Pinned adapter versions.")
 
     def _engine_counters(self) -> None:
-        self._preemptions = self._counter("chorus_preemptions_total", "Requests preempted for lack of KV blocks.")
+        self._preemptions = self._counter(
+            "chorus_preemptions_total", "Requests preempted for KV blocks or more important ones."
+        )
         self._page_evictions = self._counter(
             "chorus_prefix_cache_evictions_total", "KV blocks that could be found and had to make room."
         )

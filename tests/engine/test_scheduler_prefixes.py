@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from chorus.engine.step_cost import Work
 from support.scheduling import A, B, Bench, scheduled, work
 
 
@@ -93,12 +94,6 @@ class TestNotFinding:
         bench.add_outputs(2, prompt=10, text=0)
         assert [c.start for step in bench.steps(2) for c in step.chunks] == [0, 10, 8]
 
-    def test_what_is_being_computed_is_not_found(self) -> None:
-        bench = Bench()
-        bench.add(prompt=10, text=0)
-        bench.add(prompt=10, text=0)
-        assert work(bench.step()) == [(1, 0, 10, True), (2, 0, 10, True)]
-
     def test_pages_of_a_request_that_failed_are_not_found(self) -> None:
         bench = Bench(max_step_tokens=8)
         bench.add(prompt=30, text=0)
@@ -118,6 +113,77 @@ class TestNotFinding:
             )
         ]
         assert found == [0, 0, 8, 16]
+
+
+class TestBeingComputed:
+    """Of those that begin alike and come together the first computes the pages; the others wait for them."""
+
+    def test_pages_are_waited_for_and_computed_once(self) -> None:
+        bench = Bench()
+        for _ in range(3):
+            bench.add(prompt=10, text=0)
+        assert work(bench.step()) == [(1, 0, 10, True)]
+        assert work(bench.step()) == [(1, 10, 1, True), (2, 8, 2, True), (3, 8, 2, True)]
+
+    def test_who_shares_less_waits_less(self) -> None:
+        bench = Bench(max_step_tokens=8)
+        first = bench.add(prompt=30, text=0)
+        short, long = bench.add(prompt=9, text=0), bench.add(prompt=29, text=0)
+        assert [scheduled(step) for step in bench.steps(3)] == [[first]] * 3  # which leaves nobody a token
+        assert scheduled(bench.step()) == [first, short]
+        assert scheduled(bench.step()) == [first, short, long]
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [({"salt": "a"}, {"salt": "b"}), ({"adapter": A}, {"adapter": B}), ({"adapter": A}, {})],
+        ids=["tenants", "adapters", "base"],
+    )
+    def test_another_tenant_or_version_waits_for_nobody(self, one: dict[str, Any], other: dict[str, Any]) -> None:
+        bench = Bench(A, B)
+        bench.add(prompt=10, text=0, **one), bench.add(prompt=10, text=0, **other)
+        assert work(bench.step()) == [(1, 0, 10, True), (2, 0, 10, True)]
+
+    def test_without_a_prefix_cache_nobody_waits(self) -> None:
+        bench = Bench(prefix_cache=False)
+        bench.add(prompt=10, text=0), bench.add(prompt=10, text=0)
+        assert len(bench.step().chunks) == 2
+
+    def test_others_go_on_meanwhile_and_are_not_kept_by_who_waits(self) -> None:
+        bench = Bench()
+        bench.add(prompt=10, text=0), bench.add(prompt=10, text=0)
+        other = bench.add(prompt=3)
+        assert other in scheduled(bench.step())
+
+    def test_an_important_one_does_not_wait_for_a_less_important_one(self) -> None:
+        bench = Bench(max_step_tokens=8)
+        bench.add(prompt=30, text=0, priority=1)
+        bench.step()
+        bench.add(prompt=22, text=0)
+        assert work(bench.step()) == [(2, 8, 8, False)]
+
+    def test_it_waits_no_longer_when_the_first_one_leaves(self) -> None:
+        bench = Bench(max_step_tokens=8)
+        first, second = bench.add(prompt=30, text=0), bench.add(prompt=22, text=0)
+        bench.step()
+        bench.scheduler.abort(first.request_id)
+        assert work(bench.step()) == [(second.request_id, 8, 8, False)]
+
+    def test_its_deadline_ends_it(self) -> None:
+        bench = Bench(max_step_tokens=8)
+        bench.add(prompt=60, text=0)
+        second = bench.add(prompt=60, text=0, deadline=5.0)
+        bench.step(now=1.0)
+        assert bench.step(now=5.0).expired == (second.request_id,)
+        assert bench.scheduler.waiting == 0
+
+    def test_nobody_waits_a_step_for_what_takes_less_time(self) -> None:
+        """The step that it would wait costs as much as 20 tokens."""
+        bench = Bench(blocks=100, context_length=400, max_step_tokens=100)
+        for tokens in (1, 30, 90):
+            bench.scheduler.cost.observe(Work(tokens), 20.0 + tokens)
+        bench.add(prompt=18, text=0), bench.add(prompt=18, text=0)
+        bench.add(prompt=30, text=1), bench.add(prompt=30, text=1)
+        assert [c.seq.request_id for c in bench.step().chunks] == [1, 2, 3]
 
 
 class TestMakingRoom:

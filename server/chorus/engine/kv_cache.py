@@ -73,10 +73,15 @@ class BlockPool:
             found.append(block)
         return found
 
-    def room_after(self, found: Sequence[int], length: int) -> int:
-        """Free blocks that are left once a sequence has `found` and what it lacks for `length` tokens; may be < 0."""
-        owned = sum(self._owners[block] > 0 for block in found)
-        return self.free_count - (self.blocks_for(length) - owned)
+    def room_after(self, found: Sequence[int], length: int, without: Sequence[sequence.Sequence] = ()) -> int:
+        """Free blocks that are left once a sequence has `found` and what it lacks for `length` tokens; may be < 0.
+
+        As it would be if those `without` had given back theirs.
+        """
+        given_back = Counter(block for seq in without for block in seq.blocks)
+        freed = {block for block, count in given_back.items() if count == self._owners[block]}
+        owned = sum(self._owners[block] > 0 and block not in freed for block in found)
+        return self.free_count + len(freed) - (self.blocks_for(length) - owned)
 
     def share(self, seq: sequence.Sequence, found: Sequence[int]) -> None:
         """Starts a sequence's block table with what `find` gave, before anything else happens to the pool.

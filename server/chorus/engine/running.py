@@ -1,4 +1,4 @@
-"""Who runs, and what they hold meanwhile: blocks, one of the rows, a reference to their adapter; at rest they hold none.
+"""Who runs, and what they hold meanwhile: blocks, a row, a reference to their adapter. At rest they hold nothing.
 
 Knows how to begin and how to stop; does not know who is next.
 """
@@ -39,17 +39,20 @@ class Running:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._sequences.values())
 
-    def __contains__(self, seq: Sequence) -> bool:
-        return self._sequences.get(seq.key) is seq
+    def __contains__(self, seq: object) -> bool:
+        return isinstance(seq, Sequence) and self._sequences.get(seq.key) is seq
 
-    @property
-    def has_row(self) -> bool:
-        """Whether one more can run, as far as rows are concerned."""
-        return len(self._sequences) < self._rows
+    def has_row(self, leaving: int = 0) -> bool:
+        """Whether one more can run once so many have stopped, as far as rows are concerned."""
+        return len(self._sequences) - leaving < self._rows
 
     def by_importance(self) -> list[Sequence]:
         """The most important first, of equally important ones the most recently admitted last."""
         return sorted(self._sequences.values(), key=lambda seq: seq.priority)
+
+    def less_important(self, priority: int) -> list[Sequence]:
+        """Those of a larger priority; the one to be preempted first is the last."""
+        return [seq for seq in self.by_importance() if seq.priority > priority]
 
     def acquire_adapter(self, seq: Sequence) -> int | None:
         """Its adapter's slot, with a reference that `start` keeps or `release_adapter` gives back; None if missing."""

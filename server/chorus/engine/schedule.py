@@ -66,6 +66,11 @@ class Plan:
         self._work = Work()
         self._decodes = self._prompts = 0
 
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether a prompt can still go in, if need be in the place of a decode."""
+        return self.budget > 0 or not self._prompts
+
     def compute(self, seq: Sequence) -> None:
         """Gives a sequence as much of what it needs as there is left."""
         is_decode = seq.remaining == 1
@@ -81,3 +86,14 @@ class Plan:
         self._prompts += not is_decode
         if bound and (count < seq.remaining or bound.is_full(self._work)):
             self.budget = 0
+
+    def preempt(self, seq: Sequence) -> None:
+        """Marks a sequence as sent back; its token is somebody else's if it was to decode."""
+        self.preempted.append(seq)
+        for i, chunk in enumerate(self.chunks):
+            if chunk.seq is seq:
+                del self.chunks[i]
+                self.budget += chunk.count
+                self._work = self._work.minus(chunk.start, chunk.count)
+                self._decodes -= 1
+                break

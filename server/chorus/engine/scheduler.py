@@ -10,18 +10,19 @@ gets blocks for all tokens it has, so only decodes ever run short. Knows tickets
 Full pages can be found by what they hold (`page_keys`) as soon as a step that computed them has gone well, and until
 somebody needs the room. Whoever starts shares the first pages of what it has, as far as they are found: a prompt's that
 was here before, a sibling's, or its own from before it was preempted. It always computes its last token, and those
-whose rows it has to tell of. Of the outputs of one request the first to run computes their prompt; its siblings are
-set aside until it has.
+whose rows it has to tell of. Of those that begin alike the first to run computes what they share; the others are set
+aside until it has (`admission`).
 
 Some bases rotate positions otherwise once a sequence is longer than `short_length` tokens. A sequence that grows past
 it goes back to the queue and is computed anew; pages are found only on the same side of it.
 
 Why everyone finishes. No sequence may outgrow the pool. Of the running ones the most important decode always gets its
-block, or there is none and a prefill, which needs no block, goes on; so each step computes something. The queue is in
-order, and whoever lacks only blocks or a row is never overtaken. Whoever lacks its adapter is overtaken; that the
-adapter comes is the gate's part: it may refuse references to what is on device until that is free to be replaced.
-Whoever is aside is overtaken too, but only while a sibling runs that still computes the prompt, which goes on in each
-step: it ends that, or is preempted or removed, and then the others have their old turn again.
+block, or there is none and a prefill, which needs no block, goes on; so each step computes something, and nobody is
+preempted but for somebody more important, who starts at once: whoever is first of all that are here is never, and ends.
+The queue is in order, and whoever lacks only blocks or a row is never overtaken. Whoever lacks its adapter is
+overtaken; that the adapter comes is the gate's part: it may refuse references to what is on device until that is free
+to be replaced. Whoever is aside is overtaken too, but only while one runs that computes pages for it and goes on before
+any that overtake: it ends that, or is preempted or removed, and then the others have their old turn again.
 """
 
 from collections.abc import Iterable, Mapping
@@ -72,7 +73,7 @@ class Scheduler:
         self._now = 0.0
         self._requests = Requests()
         self._running = Running(pool, gate, min(max_rows, max_step_tokens))
-        self._admission = Admission(pool, self._keys, self._requests, self._running)
+        self._admission = Admission(pool, self._keys, self._requests, self._running, self.cost)
         self._waiting = self._admission.waiting
 
     @property
@@ -141,7 +142,7 @@ class Scheduler:
         running = self._running.by_importance()
         prefills = [seq for seq in running if seq.remaining > 1]
         self._plan_decodes(running, plan)
-        self._admission.begin(now, plan)
+        self._admission.begin(now)
         for seq in prefills:
             self._admission.admit(plan, before=seq.priority)
             if plan.budget and seq in self._running:
@@ -211,8 +212,8 @@ class Scheduler:
             while not self._pool.allocate_for(seq, seq.length):
                 if running[-1] is seq:
                     break
-                plan.preempted.append(running.pop())
-                self._admission.send_back(plan.preempted[-1], self._now)
+                plan.preempt(last := running.pop())
+                self._admission.send_back(last, self._now)
             else:
                 plan.compute(seq)
 

@@ -24,6 +24,8 @@ from chorus.engine.simulated_device import Cost, SimulatedAdapter, SimulatedLoad
 from chorus.errors import ChorusError
 
 TOKEN = 7
+# The token of prompts' common beginnings; no request has this number.
+SHARED = -1
 # How long the engine sleeps at most while something waits that only time can bring.
 IDLE_WAIT_S = 0.05
 
@@ -37,6 +39,8 @@ class SimulatedRequest:
     new: int
     adapter: SimulatedAdapter | None = None
     priority: int = 0
+    shared: int = 0
+    """Tokens at the beginning of its prompt that all requests to its adapter have in common."""
 
 
 @dataclass(slots=True)
@@ -71,6 +75,8 @@ class Report:
     answers: list[Answer]
     seconds: float = 0.0
     steps: int = 0
+    computed: int = 0
+    """Tokens that steps computed, of prompts and answers."""
     preemptions: int = 0
     evictions: int = 0
     loads: int = 0
@@ -122,10 +128,9 @@ class Simulation:
         if request.adapter:
             self._adapters[request.adapter.name] = request.adapter
             ref = AdapterRef(request.adapter.name, "")
-        # Its own number is all of its prompt, so that no two share a prefix.
-        submit = Submit(
-            index, (index,) * request.prompt, Sampling(request.new, ignore_eos=True), ref, priority=request.priority
-        )
+        # Its own number is the rest of its prompt, so that no two share more.
+        prompt = (SHARED,) * request.shared + (index,) * (request.prompt - request.shared)
+        submit = Submit(index, prompt, Sampling(request.new, ignore_eos=True), ref, priority=request.priority)
         try:
             self._scheduler.add(outputs_of(submit, now), now)
         except ChorusError as error:
@@ -140,6 +145,7 @@ class Simulation:
 
     def _book(self, schedule: Schedule, now: float, report: Report) -> None:
         report.steps += 1
+        report.computed += schedule.work().tokens
         report.preemptions += len(schedule.preempted)
         for seq in schedule.started:
             report.answers[seq.request_id].waited_for_adapter = seq.adapter_wait > 0

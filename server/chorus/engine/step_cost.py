@@ -35,6 +35,10 @@ class Work(NamedTuple):
         """With `count` more tokens, of a sequence that has `start` before them."""
         return Work(self.tokens + count, self.pairs + count * start + count * (count + 1) // 2)
 
+    def minus(self, start: int, count: int) -> "Work":
+        """Without what `plus` added."""
+        return Work(self.tokens - count, self.pairs - count * start - count * (count + 1) // 2)
+
 
 class StepCost:
     """The law of this machine, model and load, as far as it is known.

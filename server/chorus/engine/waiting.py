@@ -3,7 +3,7 @@
     ""      [ seq 3, seq 8 ]              the base model
     ab12…   [ seq 1, seq 4, seq 5 ]       missing
     ff07…   [ seq 2 ]
-    aside   { request 9: [ seq 6, seq 7 ] }       they wait for the pages that another output of theirs computes
+    aside   [ seq 6, seq 7 ]              out of turn: they wait for pages that somebody else computes
 
 Sorted lists, not heaps: whatever leaves is gone at once, from any position, for two bisections and a memmove of at most
 `max_queue` pointers. A step merges the groups' heads, so it costs the number of adapters waited for, not of sequences.
@@ -11,8 +11,9 @@ Knows who is next; does not know whether there is room.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
+from chorus.engine.aside import Aside
 from chorus.engine.sequence import Sequence
 
 Key = tuple[float, ...]
@@ -80,7 +81,7 @@ class WaitingQueue:
 
     def __init__(self) -> None:
         self._groups: dict[str, WaitingGroup] = {}
-        self._aside: dict[int, list[Sequence]] = {}
+        self._aside = Aside()
 
     @property
     def for_adapter(self) -> int:
@@ -90,27 +91,19 @@ class WaitingQueue:
     def push(self, seq: Sequence, now: float) -> None:
         self._groups.setdefault(_digest(seq), WaitingGroup()).add(seq, now)
 
-    def set_aside(self, seq: Sequence) -> None:
-        """Out of turn, until `recall`: it waits for another output of its request, which runs."""
+    def set_aside(self, seq: Sequence, leader: Sequence, until: int) -> None:
+        """Out of turn, until `recall`: it waits until `leader`, which runs, has computed so many tokens."""
         self.remove(seq)
-        self._aside.setdefault(seq.request_id, []).append(seq)
+        self._aside.add(seq, leader, until)
 
-    def recall(self, request_id: int, now: float) -> None:
-        """Gives those of a request that were set aside their turn again."""
-        for seq in self._aside.pop(request_id):
+    def recall(self, running: Container[Sequence], now: float) -> None:
+        """Gives those aside their turn again who have what they waited for, or whose leader runs no more."""
+        for seq in self._aside.take_due(running):
             self.push(seq, now)
-
-    def aside(self) -> list[Sequence]:
-        """One sequence of each request that has some aside."""
-        return [outputs[0] for outputs in self._aside.values()]
 
     def remove(self, seq: Sequence) -> None:
         """Takes a waiting sequence out, wherever it is."""
-        aside = self._aside.get(seq.request_id, [])
-        if seq in aside:
-            aside.remove(seq)
-            if not aside:
-                del self._aside[seq.request_id]
+        if self._aside.remove(seq):
             return
         digest = _digest(seq)
         group = self._groups[digest]
@@ -121,7 +114,7 @@ class WaitingQueue:
     def of_adapter(self, digest: str) -> list[Sequence]:
         """The waiting sequences of one adapter, in order."""
         group = self._groups.get(digest)
-        aside = [seq for outputs in self._aside.values() for seq in outputs if _digest(seq) == digest]
+        aside = [seq for seq in self._aside if _digest(seq) == digest]
         return sorted([*(group.queue if group else ()), *aside], key=rank)
 
     def heads(self) -> list[tuple[Key, WaitingGroup]]:
@@ -129,7 +122,7 @@ class WaitingQueue:
         return sorted((rank(group.queue.first), group) for group in self._groups.values())
 
     def ready(self) -> Iterator[Sequence]:
-        """Those that only room keeps waiting: their adapter was there when last in turn, and no sibling computes."""
+        """Those that only room keeps waiting: their adapter was there when last in turn, and they are not aside."""
         for group in self._groups.values():
             if not group.missing:
                 yield from group.queue
@@ -140,10 +133,8 @@ class WaitingQueue:
             ranks = [rank(seq) for seq in group.queue]
             if not ranks or ranks != sorted(set(ranks)) or any(_digest(seq) != digest for seq in group.queue):
                 raise RuntimeError(f"the queue of adapter {digest!r} is broken")
-        aside = [seq for outputs in self._aside.values() for seq in outputs]
-        if not all(self._aside.values()):
-            raise RuntimeError("a request has nothing aside and is kept")
-        return aside + [seq for group in self._groups.values() for seq in group.queue]
+        self._aside.check_integrity()
+        return [*self._aside] + [seq for group in self._groups.values() for seq in group.queue]
 
 
 def _digest(seq: Sequence) -> str:
