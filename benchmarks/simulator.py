@@ -1,6 +1,6 @@
 """Hours of traffic over thousands of adapters, replayed by the real scheduler and residency on simulated time.
 
-    python benchmarks/simulator.py [--rate 5] [--hours 1] [--adapters 10000] [--alpha 0.6] [--resident 128] [--json]
+    python benchmarks/simulator.py [--rate 5] [--hours 1] [--adapters 10000] [--alpha 0.6] [--resident 128] [--shared 0] [--json]
     python benchmarks/simulator.py --compare [--rate 20] [--adapters 50] [--seconds 15] [--json]
 
 The first plans: with the cost of steps and loads as given (by default the embedded base's on two CPU cores), what would
@@ -53,11 +53,17 @@ def cost_of(text: str) -> Cost:
         raise ValueError(f"not a cost: {error}") from error
 
 
-def requests_of(workload: Workload) -> list[SimulatedRequest]:
-    """A trace for the simulation; every adapter takes one unit of memory."""
+def requests_of(workload: Workload, shared: int = 0) -> list[SimulatedRequest]:
+    """A trace for the simulation; every adapter takes one unit of memory, and its prompts begin alike."""
     adapters = {i: SimulatedAdapter(adapter_name(i), 1, max_rank=RANK) for i in range(workload.adapters)}
     return [
-        SimulatedRequest(a.at, a.tokens_in, a.tokens_out, None if a.adapter == BASE else adapters[a.adapter])
+        SimulatedRequest(
+            a.at,
+            a.tokens_in,
+            a.tokens_out,
+            None if a.adapter == BASE else adapters[a.adapter],
+            shared=min(shared, a.tokens_in),
+        )
         for a in workload.arrivals()
     ]
 
@@ -86,6 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--resident", type=int, default=128, help="adapters that fit on the device")
     parser.add_argument("--max-rows", type=int, default=64)
     parser.add_argument("--kv-tokens", type=int, default=262144, help="tokens that fit into the KV cache")
+    parser.add_argument("--shared", type=int, default=0, help="tokens at the beginning of all prompts to an adapter")
     parser.add_argument("--cost", type=cost_of, default=COST, metavar="JSON", help="the cost that --compare has fitted")
     parser.add_argument("--compare", action="store_true", help="with a live server on this machine")
     parser.add_argument("--seconds", type=float, default=15.0, help="of arrivals, with --compare")
@@ -107,13 +114,14 @@ def workload_of(arguments: argparse.Namespace) -> Workload:
     )
 
 
-def simulate(workload: Workload, limits: Limits, cost: Cost) -> dict[str, Any]:
+def simulate(workload: Workload, limits: Limits, cost: Cost, shared: int = 0) -> dict[str, Any]:
     """The figures that a client would report, and what the engine did for them."""
     began = time.perf_counter()
-    report = Simulation(limits, cost).run(requests_of(workload))
+    report = Simulation(limits, cost).run(requests_of(workload, shared))
     return {
         **figures(outcomes_of(report)),
         "steps": report.steps,
+        "computed_tokens": report.computed,
         "preemptions": report.preemptions,
         "loads": report.loads,
         "evictions": report.evictions,
@@ -128,7 +136,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
         adapter_bytes=arguments.resident,
         max_rows=arguments.max_rows,
     )
-    row = simulate(workload_of(arguments), limits, arguments.cost)
+    row = simulate(workload_of(arguments), limits, arguments.cost, arguments.shared)
     for name, value in row.items():
         print(f"{name:22} {value if isinstance(value, dict) else round(value, 4)}", file=sys.stderr)
     return row

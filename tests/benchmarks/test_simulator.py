@@ -31,6 +31,12 @@ def test_a_plan_tells_latencies_and_how_often_adapters_are_missing(arguments: Na
     assert json.dumps(row)
 
 
+def test_prompts_that_begin_alike_are_computed_from_where_they_part(arguments: Namespace) -> None:
+    apart = simulator.plan(arguments)
+    arguments.shared = 32
+    assert simulator.plan(arguments)["computed_tokens"] < apart["computed_tokens"]
+
+
 def test_a_trace_of_ten_thousand_adapters_is_replayed_faster_than_it_lasts(arguments: Namespace) -> None:
     arguments.adapters, arguments.resident, arguments.hours, arguments.rate = 10_000, 128, 0.02, 5.0
     began = time.perf_counter()

@@ -1,6 +1,7 @@
 """The real scheduler and residency on simulated time: nobody starves, nothing leaks, times are what the costs say."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -31,6 +32,16 @@ def test_a_request_alone_takes_what_its_steps_cost() -> None:
 
 def test_a_prompt_longer_than_a_step_takes_several() -> None:
     assert run([SimulatedRequest(0.0, prompt=40, new=1)]).steps == 3
+
+
+def test_a_burst_that_begins_alike_computes_its_beginning_once() -> None:
+    limits = Limits(kv_blocks=64, adapter_bytes=20, block_size=4, max_rows=8, max_step_tokens=128, context_length=64)
+    burst = [SimulatedRequest(0.0, prompt=20, new=1, shared=16) for _ in range(6)]
+    report = run(burst, limits)
+    assert (report.computed, report.steps) == (20 + 5 * 4, 2)
+    apart = run([replace(request, shared=0) for request in burst], limits)
+    assert apart.computed == 6 * 20
+    assert report.seconds < apart.seconds
 
 
 def test_an_adapter_costs_its_load_once_while_it_stays() -> None:
