@@ -1,6 +1,6 @@
 """Hours of traffic over thousands of adapters, replayed by the real scheduler and residency on simulated time.
 
-    python benchmarks/simulator.py [--rate 5] [--hours 1] [--adapters 10000] [--alpha 0.6] [--resident 128] [--shared 0] [--json]
+    python benchmarks/simulator.py [--rate 5] [--hours 1] [--adapters 10000] [--alpha 0.6] [--resident 128] [--json]
     python benchmarks/simulator.py --compare [--rate 20] [--adapters 50] [--seconds 15] [--json]
 
 The first plans: with the cost of steps and loads as given (by default the embedded base's on two CPU cores), what would

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from chorus.config import ServerConfig
+from chorus.engine.cgroup import memory_limit
 from chorus.errors import FailedPrecondition
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def plan_memory(base: "Base", config: ServerConfig) -> MemoryPlan:
 
     Raises:
         FailedPrecondition: the KV budget does not hold a single block for two sequences, or both budgets together are
-            more than the machine or the device has.
+            more than the machine, the container or the device has.
     """
     from chorus.adapters.pool import rows_for_budget
 
@@ -56,18 +57,22 @@ def plan_memory(base: "Base", config: ServerConfig) -> MemoryPlan:
 
 
 def _refuse_more_than_there_is(config: ServerConfig, device: str) -> None:
-    granted, total = config.kv_cache_mb + config.adapter_memory_mb, _total_bytes(device) // 2**20
-    if granted > total:
+    total, where = _total_bytes(device)
+    granted = config.kv_cache_mb + config.adapter_memory_mb
+    if granted > total // 2**20:
         raise FailedPrecondition(
             f"--kv-cache-mb {config.kv_cache_mb} and --adapter-memory-mb {config.adapter_memory_mb} are more than the "
-            f"{total:,} MiB of this {'machine' if device == 'cpu' else 'device'}; grant less",
+            f"{total // 2**20:,} MiB of this {where}; grant less",
             reason="NOT_ENOUGH_MEMORY",
         )
 
 
-def _total_bytes(device: str) -> int:
+def _total_bytes(device: str) -> tuple[int, str]:
+    """How much there is, and of what."""
     if device == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = memory_limit()
+        return (machine, "machine") if limit is None or limit >= machine else (limit, "container")
     import torch
 
-    return torch.cuda.mem_get_info()[1]
+    return torch.cuda.mem_get_info()[1], "device"
