@@ -29,7 +29,7 @@ from common import Others, record, wait_until_quiet
 from loads.calibration import calibrate
 from loads.distinct import write_adapter
 from loads.figures import Outcome, figures
-from loads.live_server import live_server
+from loads.live_server import live_server, step_seconds
 from loads.open_loop import TENANT, adapter_name, replay
 from loads.tiers import TOKENS_IN, first_token_ms
 from loads.trace import BASE, Workload
@@ -37,7 +37,7 @@ from loads.trace import BASE, Workload
 RANK, BLOCK_SIZE = 8, 32
 # The embedded base's on two CPU cores, one thread a step.
 COST = Cost(StepFeatures(0.0036, 0.002, 0.00015, 0.0004, 0.00004, 0.004, 0.003), load=0.02, overhead=0.003)
-COMPARED = ("requests_s", "output_tokens_s", "first_token_p50", "first_token_p99", "inter_token_mean")
+COMPARED = ("requests_s", "output_tokens_s", "step_mean", "first_token_p50", "first_token_p99", "inter_token_mean")
 
 
 def cost_of(text: str) -> Cost:
@@ -121,6 +121,7 @@ def simulate(workload: Workload, limits: Limits, cost: Cost, shared: int = 0) ->
     return {
         **figures(outcomes_of(report)),
         "steps": report.steps,
+        "step_mean": report.busy / report.steps,
         "computed_tokens": report.computed,
         "preemptions": report.preemptions,
         "loads": report.loads,
@@ -194,7 +195,10 @@ async def _live(
             others = Others()
             warm_up = replace(workload, duration=2.0, rate=min(workload.rate, 10.0))
             await replay(client, warm_up.arrivals(), vocabulary)
+            before = step_seconds(server.metrics)
             measured = figures(await replay(client, workload.arrivals(), vocabulary))
+            spent, steps = (b - a for a, b in zip(before, step_seconds(server.metrics), strict=True))
+            measured |= {"steps": steps, "step_mean": spent / steps}
             return {**measured, "others_cores": others.refuse()}, idle["first_token_base_ms"] / 1e3
 
 

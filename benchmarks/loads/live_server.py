@@ -3,12 +3,13 @@
 import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-READY = re.compile(r"^chorus ready inference=(\S+) admin=(\S+) ")
+READY = re.compile(r"^chorus ready inference=(\S+) admin=(\S+) metrics=(\S+)$")
 
 
 class LiveServer(NamedTuple):
@@ -16,6 +17,7 @@ class LiveServer(NamedTuple):
 
     inference: str
     admin: str
+    metrics: str
     state_dir: Path
 
 
@@ -35,6 +37,13 @@ def live_server(state_dir: Path, *options: str) -> Iterator[LiveServer]:
             ready = next((found for line in server.stdout if (found := READY.match(line))), None)
             if ready is None:
                 raise RuntimeError(f"the server did not start: exit code {server.wait()}")
-            yield LiveServer(ready[1], ready[2], state_dir)
+            yield LiveServer(ready[1], ready[2], ready[3], state_dir)
         finally:
             server.terminate()
+
+
+def step_seconds(address: str) -> tuple[float, float]:
+    """Seconds of all steps so far, and how many they were."""
+    text = urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read().decode()
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("chorus_step_seconds_"))
+    return float(values["chorus_step_seconds_sum"]), float(values["chorus_step_seconds_count"])

@@ -87,6 +87,7 @@ def _build(config: ServerConfig, link: socket.socket) -> tuple[Any, Any]:
     from chorus.models.base import load_base
     from chorus.models.digest_cache import DigestCache
 
+    log.debug("the engine's packages are imported")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     base = load_base(

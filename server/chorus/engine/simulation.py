@@ -75,6 +75,8 @@ class Report:
     answers: list[Answer]
     seconds: float = 0.0
     steps: int = 0
+    busy: float = 0.0
+    """Seconds of all steps."""
     computed: int = 0
     """Tokens that steps computed, of prompts and answers."""
     preemptions: int = 0
@@ -117,7 +119,9 @@ class Simulation:
                 waits = now + IDLE_WAIT_S if self._scheduler.waiting else float("inf")
                 now = min(next_arrival, max(self._loaders.next_end(), now), waits)
                 continue
-            now += self._cost.seconds(schedule)
+            seconds = self._cost.seconds(schedule)
+            now += seconds
+            report.busy += seconds
             self._book(schedule, now, report)
         report.seconds, report.evictions, report.loads = now, self._residency.evictions, self._pool.loads
         return report

@@ -113,8 +113,10 @@ def load_base(
             sites=tuple(layer.site for layer in adapted.values()),
             eos_token_ids=_eos(module, config, tokenizer),
         )
+    logger.debug("the base's weights are read and hashed")
     if module.device.type == "cpu" and module.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
         _pack(module, adapted)
+        logger.debug("the base's weights are packed")
     heads = int(config.num_attention_heads)
     return Base(
         module=module,
