@@ -1,7 +1,7 @@
-"""Tiny bases and the adapters that peft saves for them: the oracle of this room."""
+"""Tiny bases and the adapters that peft saves for them: the oracle of this room. And a registry."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from chorus.adapters.registry import Registry
 from chorus.models.sites import Site
+from support.registries import Clock
 
 Export = Callable[..., tuple[Path, PeftModel]]
 
@@ -91,3 +93,16 @@ def export(tmp_path: Path) -> Export:
         return folder, wrapped
 
     return save
+
+
+@pytest.fixture
+def gone() -> list[str]:
+    """Digests whose content nobody needs any more."""
+    return []
+
+
+@pytest.fixture
+def registry(tmp_path: Path, gone: list[str]) -> Iterator[Registry]:
+    opened = Registry(tmp_path / "registry", on_unreferenced=gone.append, clock=Clock())
+    yield opened
+    opened.close()
