@@ -53,7 +53,7 @@ class LowRankCase:
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Decode of 16 rows: query [16, H, D], caches [blocks, H_kv, B, D] of each layer, pages scattered."""
+    """A batch of `rows`, up to `context` tokens each: query [T, H, D], caches [blocks, H_kv, B, D] of each layer."""
 
     context: int
     query: Tensor
@@ -64,7 +64,8 @@ class AttentionCase:
     @property
     def bytes(self) -> int:
         """Every key and value once."""
-        return 2 * ROWS * self.context * KV_HEADS * DIM * self.query.element_size() * len(self.k_cache)
+        held = sum(row.context for row in self.rows) * self.k_cache[0].shape[1] * self.k_cache[0].shape[3]
+        return 2 * held * self.query.element_size() * len(self.k_cache)
 
 
 def layer_groups(hidden: int, kv: int, ffn: int) -> tuple[Group, ...]:
@@ -127,10 +128,12 @@ def _weights(sites: Sequence[tuple[int, int]], random: Callable[[int, int], Tens
 
 
 def low_rank_contestants(case: LowRankCase) -> dict[str, Work]:
-    """Ours, a loop and a bmm, each of which adds the deltas to y; the base linears, for scale."""
+    """Ours, a loop, a bmm, and one GEMM over all adapters' rank rows, each of which adds the deltas to y; the base
+    linears, for scale."""
     plan = LowRankPlan(case.segments, case.x[0].device)
     sites = [(case.y[a:b], case.x[a], case.pool[a:b], [plan] * (b - a)) for a, b in case.groups]
     count, widest = len(case.segments), max(len(s.pool_rows) for s in case.segments)
+    own = _own_lanes(case.segments, case.pool[0].a)
     padded = [[_padded(table, case.segments, widest) for table in (pool.a, pool.b)] for pool in case.pool]
 
     def ours() -> None:
@@ -152,7 +155,25 @@ def low_rank_contestants(case: LowRankCase) -> dict[str, Work]:
             middle = torch.bmm(x.view(count, -1, x.shape[1]), a.transpose(1, 2))
             y.add_(torch.bmm(middle, b).view(y.shape), alpha=0.5)
 
-    return {"chorus": ours, "base linears": base, "loop over adapters": loop, "padded bmm": bmm}
+    def slots() -> None:
+        for y, x, pool in zip(case.y, case.x, case.pool, strict=True):
+            y.addmm_((x @ pool.a.T).mul_(own), pool.b, alpha=0.5)
+
+    return {
+        "chorus": ours,
+        "base linears": base,
+        "loop over adapters": loop,
+        "padded bmm": bmm,
+        "all slots in one GEMM": slots,
+    }
+
+
+def _own_lanes(segments: Sequence[LowRankSegment], table: Tensor) -> Tensor:
+    """[T, R], 1 where a pool row is one of the batch row's adapter."""
+    own = table.new_zeros(segments[-1].end, table.shape[0])
+    for s in segments:
+        own[s.start : s.end, s.pool_rows[0] : s.pool_rows[-1] + 1] = 1
+    return own
 
 
 def _padded(table: Tensor, segments: Sequence[LowRankSegment], widest: int) -> Tensor:

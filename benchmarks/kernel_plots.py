@@ -27,7 +27,7 @@ def attention_chart(rows: list[Row], device: str) -> Chart | None:
 
 def low_rank_chart(rows: list[Row]) -> Chart | None:
     """Floor over time of the last sweep's cases whose rows all have an adapter of their own, a line for each shape."""
-    swept = [row for row in rows if "case" in row]
+    swept = [row for row in rows if row.get("op") == "low_rank" and "case" in row]
     lines: dict[str, Points] = {}
     for row in (row for row in swept if row["run"] == swept[-1]["run"]):
         if row["adapters"] == row["rows"] and row["ranks"] == [16]:

@@ -1,34 +1,21 @@
 """`low_rank` over Llama-3-8B's shapes, case by case, for GPUs: rows, adapters, ranks; each case beside its floor.
 
-A pass calls a contestant on several copies of the inputs, past the L2 cache; its time is divided by their number. On
-CUDA passes are timed by events, those of few rows replayed from a graph, so that launches cost what a graph's nodes do.
-The same code runs on a CPU, over wall clock, for its tests.
+A pass calls a contestant on several copies of the inputs, past the L2 cache; its time is divided by their number.
 """
 
-import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import torch
-
 from kernel_cases import PASS_BYTES, Group, LowRankCase, Work, layer_groups, low_rank_case, low_rank_contestants
+from kernel_timing import Ceilings, seconds
 
-PASSES = 11
-GRAPH_ROWS = 256  # decodes; above, the work hides its launches
 LOOPED_ADAPTERS = 64  # above, the loop over adapters is thousands of launches and nothing else
 MIXED = (8, 16, 32, 128)
+DECODES = ((1, 1), (16, 16), (64, 64), (256, 256), (64, 4), (64, 8), (256, 16))
+PREFILLS = ((2048, 1), (2048, 8), (8192, 8))
 HIDDEN, KV, FFN = 4096, 1024, 14336
 
 Peer = Callable[[str, Any], Work | None]
-
-
-class Ceilings(NamedTuple):
-    """Bytes a second, FLOP a second, and the seconds of one empty launch in a graph (0 where there are none)."""
-
-    read: float
-    matmul: float
-    launch: float
 
 
 class SweepCase(NamedTuple):
@@ -60,8 +47,7 @@ class SweepCase(NamedTuple):
     def floor(self, ceilings: Ceilings) -> float:
         """Seconds that no implementation is under: bytes, FLOPs, one launch for what reads the same x."""
         flops = 2 * self._width * sum(self.ranks) * (self.rows // len(self.ranks))
-        launches = len(self.groups) * ceilings.launch
-        return max(self.bytes / ceilings.read, flops / ceilings.matmul, launches)
+        return ceilings.floor(self.bytes, flops, len(self.groups))
 
     @property
     def _width(self) -> int:
@@ -77,7 +63,7 @@ def llama_cases() -> Iterator[SweepCase]:
     for rows in (1, 16, 64):
         yield SweepCase("layer", layer, rows, (16,) * rows)
     for k, n in ((HIDDEN, HIDDEN), (HIDDEN, KV), (HIDDEN, FFN), (FFN, HIDDEN)):
-        for rows, adapters in ((1, 1), (16, 16), (64, 64), (256, 256), (64, 8), (2048, 1), (2048, 8), (8192, 8)):
+        for rows, adapters in (*DECODES, *PREFILLS):
             yield single(k, n, rows, (16,) * adapters)
     for rank in (8, 32, 64, 128):
         yield single(HIDDEN, HIDDEN, 64, (rank,) * 64)
@@ -97,7 +83,7 @@ def sweep(
     for case in cases:
         inputs = low_rank_case(device, case.groups * case.copies, case.rows, case.ranks)
         contestants = _contestants(inputs, case, peers)
-        seconds = {name: _seconds(work, case, device) for name, work in contestants.items()}
+        taken = {name: seconds(work, case.rows, device) / case.copies for name, work in contestants.items()}
         floor = case.floor(ceilings)
         yield {
             "op": "low_rank",
@@ -106,16 +92,10 @@ def sweep(
             "rows": case.rows,
             "adapters": len(case.ranks),
             "ranks": sorted(set(case.ranks)),
-            "seconds": seconds,
+            "seconds": taken,
             "floor": floor,
-            "floor_over_time": floor / seconds["chorus"],
+            "floor_over_time": floor / taken["chorus"],
         }
-
-
-def empty_launch() -> float:
-    """Seconds of one node of a CUDA graph that does next to nothing."""
-    one, count = torch.zeros(1, device="cuda"), 100
-    return _event_seconds(_captured(lambda: [one.zero_() for _ in range(count)])) / count
 
 
 def _contestants(inputs: LowRankCase, case: SweepCase, peers: dict[str, Peer]) -> dict[str, Work]:
@@ -126,50 +106,3 @@ def _contestants(inputs: LowRankCase, case: SweepCase, peers: dict[str, Peer]) -
         if (work := peer("low_rank", inputs)) is not None:
             contestants[name] = work
     return contestants
-
-
-def _seconds(work: Work, case: SweepCase, device: str) -> float:
-    """Of one call: the median pass over its number of inputs."""
-    if device == "cuda":
-        taken = _event_seconds(_captured(work) if case.rows <= GRAPH_ROWS else work)
-    else:
-        taken = _wall_seconds(work)
-    return taken / case.copies
-
-
-def _captured(work: Work) -> Work:
-    """Replays it from a graph; it has run once, on a stream of its own, so that nothing is compiled while capturing."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    replay: Work = graph.replay
-    return replay
-
-
-def _event_seconds(work: Work) -> float:
-    """Median by CUDA events, after two passes that are not counted."""
-    times: list[float] = []
-    for i in range(PASSES + 2):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
-        work()
-        ended.record()
-        ended.synchronize()
-        if i >= 2:
-            times.append(began.elapsed_time(ended) / 1e3)
-    return statistics.median(times)
-
-
-def _wall_seconds(work: Work) -> float:
-    times = []
-    for i in range(PASSES + 2):
-        began = time.perf_counter()
-        work()
-        if i >= 2:
-            times.append(time.perf_counter() - began)
-    return statistics.median(times)

@@ -4,8 +4,8 @@
 
 Prints the ceilings first, then a table: time, the floor (bytes that have to move, at the measured read bandwidth),
 floor over time, and each contestant's time over ours. Contestants take turns on the same inputs, which rotate past the
-caches. With --json one JSON line comes last; a row goes to results/kernels.jsonl. On CUDA a sweep of
-`low_rank` over Llama-3-8B's shapes comes first (`kernel_sweep.py`), a row in that file for each case.
+caches. With --json one JSON line comes last; a row goes to results/kernels.jsonl. On CUDA sweeps over Llama-3-8B's
+shapes come first (`kernel_sweep.py`, `attention_sweep.py`), a row in that file for each case.
 
 A peer is a function (op, inputs) -> a callable to time, or None where it has nothing for that operator; the inputs are
 the fields of `LowRankCase` or `AttentionCase`. It may be given more than once.
@@ -16,11 +16,13 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
 import torch
 
+from attention_sweep import LLAMA_8B, attention_cases, attention_sweep
 from common import copy_bandwidth, matmul_rate, read_bandwidth, record, wait_until_quiet
 from kernel_cases import (
     RANK,
@@ -32,7 +34,8 @@ from kernel_cases import (
     low_rank_contestants,
     step_groups,
 )
-from kernel_sweep import Ceilings, Peer, empty_launch, llama_cases, sweep
+from kernel_sweep import Peer, llama_cases, sweep
+from kernel_timing import Ceilings, empty_launch
 
 CONTEXTS = (128, 512, 1024)
 ROUNDS = 15
@@ -88,8 +91,11 @@ def measure(ops: list[str], peers: dict[str, Peer], device: str) -> dict[str, An
         ceilings = Ceilings(read, rate, empty_launch())
         row["empty_launch_us"] = ceilings.launch * 1e6
         print(f"an empty node of a graph {row['empty_launch_us']:.2f} us", file=sys.stderr)
+        run_id = int(time.time())
         if "low_rank" in ops:
-            record_sweep(ceilings, peers)
+            record_sweep(run_id, sweep(llama_cases(), ceilings, peers, device))
+        if "paged_attention" in ops:
+            record_sweep(run_id, attention_sweep(attention_cases(), LLAMA_8B, ceilings, peers, device))
     if device == "cpu":
         row["threads"] = torch.get_num_threads()
     if "low_rank" in ops:
@@ -110,17 +116,16 @@ def measure(ops: list[str], peers: dict[str, Peer], device: str) -> dict[str, An
     return row
 
 
-def record_sweep(ceilings: Ceilings, peers: dict[str, Peer]) -> None:
+def record_sweep(run_id: int, cases: Iterable[dict[str, Any]]) -> None:
     """A row for each of Llama-3-8B's cases, and a printed line: ours beside its floor, the others in times of ours."""
-    started = int(time.time())
-    for found in sweep(llama_cases(), ceilings, peers, "cuda"):
+    for found in cases:
         ours = found["seconds"]["chorus"]
         others = "  ".join(
             f"{name} x{taken / ours:.2f}" for name, taken in found["seconds"].items() if name != "chorus"
         )
         floor = f"floor {found['floor'] * 1e6:8.1f} us, floor/time {found['floor_over_time']:.2f}"
         print(f"{found['case']:42} {ours * 1e6:9.1f} us  {floor}  {others}", file=sys.stderr)
-        record("kernels", {"device": "cuda", "run": started, **found})
+        record("kernels", {"device": "cuda", "run": run_id, **found})
 
 
 def load_peer(name: str) -> Peer:

@@ -4,7 +4,8 @@
 
 Prints the ceiling first, then per operator its time, the floor (bytes that have to move, at the measured copy
 bandwidth), and each contestant's time over ours. Contestants take turns; a turn is CALLS calls on the same inputs,
-which stay in the caches, as a layer's do. With --json one JSON line comes last; a row goes to results/pointwise.jsonl.
+which stay in the caches, as a layer's do; on CUDA it is one replay of a graph, at a decode's rows and at a chunk's, or
+launches would hide what they launch. With --json one JSON line comes last; a row goes to results/pointwise.jsonl.
 """
 
 import argparse
@@ -12,10 +13,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,13 +41,27 @@ from chorus.kernels import (
     store_kv,
 )
 from common import Others, copy_bandwidth, record, wait_until_quiet
+from kernel_timing import Work, captured, event_seconds
 
 ROUNDS, CALLS = 25, 60
+LOOPED = 64  # rows; above, a loop over them is launches and nothing else
 EPS = 1e-6
-# Rows, hidden, feed-forward, query heads, key heads, head size: the 144M shape of `workload.md`, and Llama-3-8B.
-SHAPES = {"cpu": (16, 1024, 2816, 16, 4, 64), "cuda": (64, 4096, 14336, 32, 8, 128)}
 
-Work = Callable[[], object]
+
+class Shape(NamedTuple):
+    rows: int
+    hidden: int
+    wide: int
+    heads: int
+    kv_heads: int
+    dim: int
+
+
+# The 144M shape of `common`, and Llama-3-8B.
+SHAPES = {
+    "cpu": [Shape(16, 1024, 2816, 16, 4, 64)],
+    "cuda": [Shape(64, 4096, 14336, 32, 8, 128), Shape(2048, 4096, 14336, 32, 8, 128)],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +74,16 @@ class Case:
 
 
 def cases(device: str) -> Iterator[Case]:
-    rows, hidden, wide, *_ = SHAPES[device]
+    """With the rows in their names where there is more than one number of them."""
+    for shape in SHAPES[device]:
+        for case in cases_of(shape, device):
+            yield replace(case, name=f"{case.name}, {shape.rows} rows") if len(SHAPES[device]) > 1 else case
+    for heads in HEADS[device]:
+        yield head_case(heads, device)
+
+
+def cases_of(shape: Shape, device: str) -> Iterator[Case]:
+    rows, hidden, wide = shape[:3]
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device).bfloat16()
@@ -73,15 +97,17 @@ def cases(device: str) -> Iterator[Case]:
     yield Case(
         "gelu_tanh_mul", 3 * gate.numel() * 2, {"chorus": lambda: gelu_tanh_mul(gate, up), "transformers": eager[1]}
     )
-    yield from rope_cases(device)
+    yield from rope_cases(shape, device)
     scaled, ones = draw(rows, hidden), torch.ones(rows, hidden, dtype=torch.bfloat16, device=device)
 
     def loop() -> None:
         for i in range(rows):
             scaled[i].mul_(ones[i])
 
-    yield Case("row_scale", 3 * x.nbytes, {"chorus": lambda: row_scale(scaled, ones, plan), "loop over adapters": loop})
-    yield head_case(device)
+    contestants: dict[str, Work] = {"chorus": lambda: row_scale(scaled, ones, plan)}
+    if rows <= LOOPED:
+        contestants["loop over adapters"] = loop
+    yield Case("row_scale", 3 * x.nbytes, contestants)
 
 
 def norm_cases(x: Tensor, residual: Tensor, vectors: Tensor, plan: RowPlan) -> Iterator[Case]:
@@ -108,8 +134,8 @@ def norm_cases(x: Tensor, residual: Tensor, vectors: Tensor, plan: RowPlan) -> I
     yield Case("residual_norm rms, each row its own", 5 * x.nbytes, own_vectors)
 
 
-def rope_cases(device: str) -> Iterator[Case]:
-    rows, _, _, heads, kv_heads, dim = SHAPES[device]
+def rope_cases(shape: Shape, device: str) -> Iterator[Case]:
+    rows, _, _, heads, kv_heads, dim = shape
     qkv = torch.randn(rows, heads + 2 * kv_heads, dim, device=device).bfloat16()
     angle = torch.rand(rows, dim // 2, device=device)
     cos, sin = angle.cos().bfloat16(), angle.sin().bfloat16()
@@ -134,39 +160,69 @@ def rope_cases(device: str) -> Iterator[Case]:
         yield Case(name, 2 * qkv.nbytes, {"chorus": ours, "transformers and store_kv": partial(eager, bool(given))})
 
 
-def head_case(device: str) -> Case:
-    """A two-layer head of 5 labels for each of 16 rows."""
-    rows, width, labels = 16, 768, 5
-    weight, bias, dense, dense_bias = (
-        torch.randn(*shape, device=device).bfloat16()
-        for shape in ((rows * labels, width), (rows * labels,), (rows, width, width), (rows, width))
-    )
-    pool, x = HeadPool(weight, bias, dense, dense_bias), torch.randn(rows, width, device=device).bfloat16()
-    segments = [HeadSegment(i, i + 1, i * labels, labels, i) for i in range(rows)]
-    plan = HeadPlan(segments, rows, torch.device(device))
+class Heads(NamedTuple):
+    """A head of `labels` labels for each adapter, over `rows` states of 768 each; with a dense layer, or not."""
+
+    name: str
+    adapters: int
+    rows: int
+    labels: int
+    dense: bool
+
+
+HEADS = {
+    "cpu": [Heads("head", 16, 1, 5, True)],
+    "cuda": [Heads("head, 64 of two layers", 64, 1, 8, True), Heads("head, 8 over 2048 tokens", 8, 256, 16, False)],
+}
+
+
+def head_case(heads: Heads, device: str) -> Case:
+    count, each, labels, width = heads.adapters, heads.rows, heads.labels, 768
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).bfloat16()
+
+    x, weight, bias = draw(count * each, width), draw(count * labels, width), draw(count * labels)
+    dense, dense_bias = (draw(count, width, width), draw(count, width)) if heads.dense else (None, None)
+    pool = HeadPool(weight, bias, dense, dense_bias)
+    segments = [
+        HeadSegment(i * each, (i + 1) * each, i * labels, labels, i if heads.dense else None) for i in range(count)
+    ]
+    plan = HeadPlan(segments, len(x), torch.device(device))
 
     def loop() -> None:
-        for i in range(rows):
-            state = torch.tanh(F.linear(x[i : i + 1], dense[i], dense_bias[i]))
-            own = slice(i * labels, (i + 1) * labels)
+        for i, s in enumerate(segments):
+            state = x[s.start : s.end]
+            if dense is not None and dense_bias is not None:
+                state = torch.tanh(F.linear(state, dense[i], dense_bias[i]))
+            own = slice(s.first, s.first + labels)
             F.linear(state, weight[own], bias[own])
 
-    return Case("head", dense.nbytes + weight.nbytes, {"chorus": lambda: head(x, pool, plan), "loop over heads": loop})
+    moved = weight.nbytes + x.nbytes + 2 * len(x) * labels + (0 if dense is None else dense.nbytes)
+    return Case(heads.name, moved, {"chorus": lambda: head(x, pool, plan), "loop over heads": loop})
 
 
 def take_turns(contestants: dict[str, Work], device: str) -> dict[str, float]:
     """Median microseconds of a call of each."""
+    if device == "cuda":
+        return {name: event_seconds(captured(repeated(work))) / CALLS * 1e6 for name, work in contestants.items()}
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(ROUNDS + 2):
         for name, work in contestants.items():
             began = time.perf_counter()
             for _ in range(CALLS):
                 work()
-            if device == "cuda":
-                torch.cuda.synchronize()
             if turn >= 2:
                 taken[name].append((time.perf_counter() - began) / CALLS * 1e6)
     return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def repeated(work: Work) -> Work:
+    def calls() -> None:
+        for _ in range(CALLS):
+            work()
+
+    return calls
 
 
 def measure(device: str) -> dict[str, Any]:

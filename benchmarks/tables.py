@@ -108,6 +108,12 @@ def _sweep_table(rows: list[Row]) -> str:
     if not swept:
         return ""
     last = [row for row in swept if row["run"] == swept[-1]["run"]]
+    ops = dict.fromkeys(row["op"] for row in last)
+    drawn = [_swept_operator(op, [row for row in last if row["op"] == op]) for op in ops]
+    return "\n\n".join([*drawn, f"Commit {last[0]['commit']}, {last[0]['time'][:10]}."])
+
+
+def _swept_operator(op: str, rows: list[Row]) -> str:
     lines = [
         [
             row["case"],
@@ -116,10 +122,10 @@ def _sweep_table(rows: list[Row]) -> str:
             f"{row['floor_over_time']:.2f}",
             _others(row["seconds"]),
         ]
-        for row in last
+        for row in rows
     ]
-    header = [f"`low_rank` on {_machine(last[0])}", "time", "floor", "floor/time", "others, times ours"]
-    return f"{_table(header, lines)}\n\nCommit {last[0]['commit']}, {last[0]['time'][:10]}."
+    header = [f"`{op}` on {_machine(rows[0])}", "time", "floor", "floor/time", "others, times ours"]
+    return _table(header, lines)
 
 
 def _machine(row: Row) -> str:

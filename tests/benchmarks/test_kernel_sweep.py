@@ -15,8 +15,10 @@ import torch
 
 import kernel_cases
 import kernel_sweep
+import kernel_timing
 from kernel_cases import LowRankCase, layer_groups, low_rank_case, low_rank_contestants
-from kernel_sweep import Ceilings, SweepCase, llama_cases, single, sweep
+from kernel_sweep import SweepCase, llama_cases, single, sweep
+from kernel_timing import Ceilings
 
 SCRIPT = Path(kernel_sweep.__file__).with_name("kernels.py")
 CEILINGS = Ceilings(1e9, 1e12, 0.0)
@@ -26,7 +28,7 @@ SMALL_LAYER = layer_groups(32, 16, 64)
 @pytest.fixture
 def _small_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_sweep, "PASS_BYTES", 2**16)
-    monkeypatch.setattr(kernel_sweep, "PASSES", 1)
+    monkeypatch.setattr(kernel_timing, "PASSES", 1)
 
 
 @pytest.mark.usefixtures("_small_passes")
@@ -41,7 +43,7 @@ def test_every_contestant_and_a_peer_are_timed_on_the_same_inputs() -> None:
     cases = [single(32, 64, 4, (16,) * 4), SweepCase("layer", SMALL_LAYER, 4, (8, 16))]
     rows = list(sweep(cases, CEILINGS, {"toy": peer}, "cpu"))
     assert [row["case"] for row in rows] == ["32x64 rows 4 adapters 4 r16", "layer rows 4 adapters 2 mixed"]
-    names = {"chorus", "base linears", "loop over adapters", "padded bmm", "toy"}
+    names = {"chorus", "base linears", "loop over adapters", "padded bmm", "all slots in one GEMM", "toy"}
     assert all(set(row["seconds"]) == names and min(row["seconds"].values()) > 0 for row in rows)
     assert [len(inputs.groups) for inputs in seen] == [case.copies * len(case.groups) for case in cases]
     assert cases[0].copies > 1
@@ -50,7 +52,7 @@ def test_every_contestant_and_a_peer_are_timed_on_the_same_inputs() -> None:
 @pytest.mark.parametrize("ranks", [(16, 16), (8, 32)])
 def test_contestants_of_low_rank_compute_the_same(ranks: tuple[int, ...]) -> None:
     results = []
-    for name in ("chorus", "loop over adapters", "padded bmm"):
+    for name in ("chorus", "loop over adapters", "padded bmm", "all slots in one GEMM"):
         case = low_rank_case("cpu", SMALL_LAYER, 6, ranks, torch.float32)
         before = [y.clone() for y in case.y]
         low_rank_contestants(case)[name]()
