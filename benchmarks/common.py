@@ -1,6 +1,11 @@
-"""What the benchmark scripts share: the shape, a quiet machine, ceilings, the results file."""
+"""What the benchmark scripts share: the shape, a quiet machine, ceilings, the results file.
+
+With BENCHMARK_SMOKE=FOLDER a benchmark only shows that it runs: toy shapes, on however busy a machine, rows to
+files in that folder. A variable and no flag, because contestants, which are processes of their own, are toys then too.
+"""
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -9,27 +14,36 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
 
+T = TypeVar("T")
+
 RESULTS = Path(__file__).parent / "results"
+SMOKE = os.environ.get("BENCHMARK_SMOKE")
 QUIET_WAIT_S = 120.0
 # Cores that others may keep busy before a measurement is worthless.
 QUIET_CORES = 0.4
+
+
+def or_toy(full: T, toy: T) -> T:
+    """What is measured with, or what shows that it runs."""
+    return toy if SMOKE else full
+
 
 # The 144M-parameter Llama shape that the peers' figures on CPU were taken with.
 SHAPE_144M: dict[str, Any] = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 1024,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 16,
+    "hidden_size": or_toy(1024, 128),
+    "num_hidden_layers": or_toy(12, 2),
+    "num_attention_heads": or_toy(16, 8),
     "num_key_value_heads": 4,
-    "head_dim": 64,
-    "intermediate_size": 2816,
-    "vocab_size": 8192,
+    "head_dim": or_toy(64, 16),
+    "intermediate_size": or_toy(2816, 256),
+    "vocab_size": or_toy(8192, 512),
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
     "bos_token_id": None,
@@ -39,6 +53,8 @@ SHAPE_144M: dict[str, Any] = {
 
 def wait_until_quiet() -> None:
     """Returns once nothing else keeps the cores busy; exits with a message if that does not come."""
+    if SMOKE:
+        return
     ended = time.monotonic() + QUIET_WAIT_S
     while (busy := psutil.cpu_percent(interval=2.0) / 100 * (psutil.cpu_count() or 1)) > QUIET_CORES:
         if time.monotonic() > ended:
@@ -56,7 +72,7 @@ class Others:
 
     def refuse(self) -> float:
         """The cores; exits with a message if they make a measurement worthless."""
-        if (cores := self.cores()) > QUIET_CORES:
+        if (cores := self.cores()) > QUIET_CORES and not SMOKE:
             sys.exit(f"something else kept {cores:.1f} cores busy meanwhile: no figures from such a machine")
         return cores
 
@@ -71,7 +87,7 @@ class Others:
 def median_seconds(work: Callable[[], object], repeats: int = 20) -> float:
     """Median wall seconds of one call, after two that are not counted."""
     times = []
-    for i in range(repeats + 2):
+    for i in range(or_toy(repeats, 1) + 2):
         began = time.perf_counter()
         work()
         if torch.cuda.is_available():
@@ -83,22 +99,23 @@ def median_seconds(work: Callable[[], object], repeats: int = 20) -> float:
 
 def copy_bandwidth(device: str) -> float:
     """Bytes read and written per second by a large copy."""
-    source = torch.empty(2**28, dtype=torch.uint8, device=device)
+    source = torch.empty(or_toy(2**28, 2**16), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / median_seconds(lambda: target.copy_(source), 5)
 
 
 def read_bandwidth(device: str) -> float:
     """Bytes per second of a large product with a vector, which only reads; the better median of two."""
-    source = torch.ones(16, 2**24, dtype=torch.bfloat16, device=device)
+    source = torch.ones(16, or_toy(2**24, 2**12), dtype=torch.bfloat16, device=device)
     vector = torch.ones(source.shape[1], 1, dtype=torch.bfloat16, device=device)
     return source.nbytes / min(median_seconds(lambda: source @ vector, 13) for _ in range(2))
 
 
 def matmul_rate(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of a large square product."""
-    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
-    return 2 * 2048**3 / median_seconds(lambda: a @ b, 5)
+    size = or_toy(2048, 64)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / median_seconds(lambda: a @ b, 5)
 
 
 def machine() -> dict[str, Any]:
@@ -117,8 +134,9 @@ def machine() -> dict[str, Any]:
 
 def record(name: str, row: dict[str, Any]) -> None:
     """Appends a row, with the machine, to results/NAME.jsonl."""
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.jsonl").open("a") as file:
+    folder = Path(SMOKE) if SMOKE else RESULTS
+    folder.mkdir(exist_ok=True)
+    with (folder / f"{name}.jsonl").open("a") as file:
         file.write(json.dumps({**row, **machine()}) + "\n")
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from common import Others, copy_bandwidth, matmul_rate, record, wait_until_quiet
+from common import Others, copy_bandwidth, matmul_rate, or_toy, record, wait_until_quiet
 from peers import vllm_cpu
 from peers.process import Answer, Contestant
 from peers.work import WORKLOADS, save_weights
@@ -127,7 +127,7 @@ def profile_row(field: Field) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=or_toy(3, 1))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     others = parser.add_mutually_exclusive_group()
     others.add_argument("--peers", choices=("vllm",), nargs="+", default=[], help="besides transformers and peft")

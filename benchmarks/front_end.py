@@ -23,10 +23,10 @@ from typing import Any
 
 import grpc
 
-from common import record, wait_until_quiet
+from common import or_toy, record, wait_until_quiet
 from loads.live_server import live_server
 
-TOKENS_IN, REQUESTS_EACH, IDLE_REQUESTS = 16, 4, 200
+TOKENS_IN, REQUESTS_EACH, IDLE_REQUESTS = 16, or_toy(4, 1), or_toy(200, 5)
 
 
 def prompt(i: int) -> list[int]:
@@ -159,8 +159,8 @@ def measure(rounds: int, streams: int, threads: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=or_toy(5, 1))
+    parser.add_argument("--streams", type=int, default=or_toy(32, 2))
     parser.add_argument("--threads", type=int, default=1, help="of a step, in both engines")
     arguments = parser.parse_args()
     wait_until_quiet()

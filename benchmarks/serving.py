@@ -19,7 +19,7 @@ from typing import Any
 
 from chorus.client.aio import AsyncClient
 from chorus.models.checkpoint import base_folder
-from common import Others, record, wait_until_quiet
+from common import Others, or_toy, record, wait_until_quiet
 from loads.distinct import write_adapter
 from loads.figures import figures
 from loads.live_server import LiveServer, live_server
@@ -44,9 +44,13 @@ COLUMNS = {
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, nargs="+", default=[0, 1, 50], help="how many, a run for each")
-    parser.add_argument("--rates", type=float, nargs="+", default=[5.0, 10.0, 20.0, 40.0], help="requests/s")
-    parser.add_argument("--duration", type=float, default=8.0, help="seconds of arrivals in each run")
+    parser.add_argument(
+        "--adapters", type=int, nargs="+", default=or_toy([0, 1, 50], [0, 1, 3]), help="how many, a run for each"
+    )
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=or_toy([5.0, 10.0, 20.0, 40.0], [20.0]), help="requests/s"
+    )
+    parser.add_argument("--duration", type=float, default=or_toy(8.0, 0.5), help="seconds of arrivals in each run")
     parser.add_argument("--alpha", type=float, default=0.3, help="skew of the adapters; 1 is uniform, less is more")
     parser.add_argument("--cv", type=float, default=1.0, help="burstiness; 1 is Poisson")
     parser.add_argument("--input", type=int, nargs=2, default=[8, 128], metavar=("LOW", "HIGH"), help="prompt tokens")

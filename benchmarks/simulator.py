@@ -25,7 +25,7 @@ from chorus.config import ServerConfig
 from chorus.engine.simulated_device import Cost, SimulatedAdapter, StepFeatures
 from chorus.engine.simulation import Limits, Report, SimulatedRequest, Simulation
 from chorus.models.checkpoint import base_folder
-from common import Others, record, wait_until_quiet
+from common import Others, or_toy, record, wait_until_quiet
 from loads.calibration import calibrate
 from loads.distinct import write_adapter
 from loads.figures import Outcome, figures
@@ -83,7 +83,7 @@ def outcomes_of(report: Report) -> list[Outcome]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, help="requests/s; 5, or 20 with --compare")
-    parser.add_argument("--hours", type=float, default=1.0)
+    parser.add_argument("--hours", type=float, default=or_toy(1.0, 0.01))
     parser.add_argument("--adapters", type=int, help="10000, or 50 with --compare")
     parser.add_argument("--alpha", type=float, default=0.6, help="skew of the adapters; 1 is uniform, less is more")
     parser.add_argument("--cv", type=float, default=1.0, help="burstiness; 1 is Poisson")

@@ -8,9 +8,9 @@ import json
 import random
 from pathlib import Path
 
-from common import SHAPE_144M
+from common import SHAPE_144M, or_toy
 
-REQUESTS, TOKENS_IN, TOKENS_OUT = 16, 64, 64
+REQUESTS, TOKENS_IN, TOKENS_OUT = 16, or_toy(64, 8), or_toy(64, 8)
 RANK, ADAPTERS = 16, 16
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # The base, and so many distinct adapters among the requests.

@@ -1,6 +1,6 @@
 """Pretrain the embedded base: tokenizer, model and training loop in one readable recipe.
 
-    python -m chorus.trainer.pretrain --output DIR [--steps N | --minutes M] [--seed S]
+    python -m chorus.trainer.pretrain --output DIR [--steps N | --minutes M] [--seed S] [--heldout N]
 
 It knows the small world's text (`chorus.trainer.world`) and how to train a Llama-shaped decoder on one CPU
 core; it does not know adapters, serving or any other data set. Given the seed and the number of steps the run is
@@ -240,6 +240,7 @@ def main() -> None:
     length.add_argument("--steps", type=int, default=2500, help="optimizer steps (default 2500)")
     length.add_argument("--minutes", type=float, help="choose the steps to take about this long")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--heldout", type=int, default=100, help="prompts a skill that accuracies are measured with")
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -259,7 +260,7 @@ def main() -> None:
         "seconds": round(seconds),
         "final_loss": round(final_loss, 4),
         "heldout_loss": round(heldout_loss(measured, tokenizer), 4),
-        "heldout_exact_match": accuracies(measured, tokenizer, n=100),
+        "heldout_exact_match": accuracies(measured, tokenizer, n=arguments.heldout),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
