@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from chorus.errors import ChorusError, FailedPrecondition, InvalidArgument, NotFound
 from chorus.models.base import load_base
 from chorus.models.digest import base_digest
 from chorus.models.families import family_of
-from support.tiny import save_base
+from support.tiny import FAMILIES, save_base
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,18 @@ def test_weights_that_do_not_fit_the_config_are_refused(llama: Path, tmp_path: P
         load_base(str(edited(llama, tmp_path / "a", intermediate_size=128)), device="cpu", dtype="float32")
     with pytest.raises(InvalidArgument, match="layers"):
         load_base(str(edited(llama, tmp_path / "b", num_hidden_layers=4)), device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("family", ["llama-tied-bias", "gpt2"])
+def test_a_checkpoint_does_not_stay_mapped_beside_the_packed_weights(family: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    base = load_base(str(tmp_path), device="cpu", dtype="bfloat16")
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    saved = dict(model.named_parameters())
+    kept = {name: p for name, p in base.module.named_parameters() if p.numel() and name in saved}
+    assert any("norm" in name or "ln_" in name for name in kept)
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in kept.items())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

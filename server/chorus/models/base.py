@@ -99,6 +99,9 @@ def load_base(
         name = source or "embedded"
         tokenizer = load_tokenizer(folder)
         adapted = _adapt(module, family)
+        packs = module.device.type == "cpu" and module.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+        if packs:
+            _own_the_rest(module, adapted)
         if family.plain_block:
             use_blocks(module)
         longrope = replace_longrope(module, config)
@@ -114,7 +117,7 @@ def load_base(
             eos_token_ids=_eos(module, config, tokenizer),
         )
     logger.debug("the base's weights are read and hashed")
-    if module.device.type == "cpu" and module.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+    if packs:
         _pack(module, adapted)
         logger.debug("the base's weights are packed")
     heads = int(config.num_attention_heads)
@@ -155,6 +158,19 @@ def _adapt(module: PreTrainedModel, family: Family) -> dict[str, Adapted]:
     for name, layer in adapted.items():
         module.set_submodule(name, layer)
     return adapted
+
+
+def _own_the_rest(module: PreTrainedModel, adapted: dict[str, Adapted]) -> None:
+    """Copies what is not packed out of the checkpoint's mapping, before anyone else holds it.
+
+    A tensor that is left there keeps the whole file mapped: 289 MB more resident of a checkpoint of 274.
+    """
+    embedding = module.get_input_embeddings().weight
+    linears = [layer for layer in adapted.values() if not isinstance(layer, AdaptedEmbedding)]
+    to_pack = {id(linear.weight) for linear in linears if linear.weight is not embedding}
+    for parameter in module.parameters():
+        if id(parameter) not in to_pack:
+            parameter.data = parameter.data.clone()
 
 
 def _pack(module: PreTrainedModel, adapted: dict[str, Adapted]) -> None:
