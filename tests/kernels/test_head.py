@@ -1,5 +1,6 @@
 """`head` on a CPU, against torch's linears and transformers' heads, and what it refuses."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -37,6 +38,12 @@ def test_logits_are_those_of_each_rows_own_layers(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_layouts_of_real_batches(layout: Layout, activation: Any) -> None:
     check(layout, 48, torch.float32, activation)
+
+
+def test_segments_may_share_a_dense_layer() -> None:
+    pool, x = make_pool([(1, 2, True), (2, 3, True)], 8, torch.float32, 0), noise(1, 3, 8)
+    shared = [dataclasses.replace(s, dense=2) for s in segments_of([(1, 2, True), (2, 3, True)])[0]]
+    check_close(head(x, pool, HeadPlan(shared, 3, CPU)), exact(x, pool, shared, 3, "tanh"), torch.float32)
 
 
 def test_the_specification_is_exact_in_float64() -> None:

@@ -24,6 +24,9 @@ from chorus.kernels.types import HeadActivation, HeadPool, HeadSegment
 
 # From this many rows on a segment gets GEMMs of its own, as in `low_rank`.
 LONG_SEGMENT_ROWS = 32
+# Dense layers are read as they lie while there are at most so many for each that is used: to gather one is to read it
+# twice and write it once.
+SPAN = 2
 
 
 class HeadPlan:
@@ -89,8 +92,7 @@ def head(x: Tensor, pool: HeadPool, plan: HeadPlan, activation: HeadActivation =
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Places of a pool: a view where they are neighbours, else a gather, which for dense layers costs a second reading
-    of the weights and a writing."""
+    """Places of a pool: a view where they are neighbours, else a gather."""
 
     first: int
     index: Tensor
@@ -106,6 +108,27 @@ class _Places:
 
 
 @dataclass(frozen=True, slots=True)
+class _DenseLayers:
+    """The dense layers that a piece multiplies with: `count` as they lie in the pool, nobody's among them, which meet
+    zeros; or gathered where too many are nobody's, or segments share one."""
+
+    first: int
+    count: int
+    index: Tensor | None
+
+    @classmethod
+    def of(cls, used: Sequence[int]) -> tuple["_DenseLayers", list[int]]:
+        """The layers, and which of them each segment has, given its place in the pool."""
+        first, count = min(used), max(used) - min(used) + 1
+        if len(set(used)) == len(used) and count <= SPAN * len(used):
+            return cls(first, count, None), [place - first for place in used]
+        return cls(first, len(used), torch.tensor(used)), list(range(len(used)))
+
+    def of_tensor(self, tensor: Tensor) -> Tensor:
+        return tensor.narrow(0, self.first, self.count) if self.index is None else tensor.index_select(0, self.index)
+
+
+@dataclass(frozen=True, slots=True)
 class _Piece:
     """Segments of one kind, with or without a dense layer: one of many rows, or all that have few."""
 
@@ -117,10 +140,9 @@ class _Piece:
     """[R, width], each row's columns among `labels`; None for one segment."""
     foreign: Tensor | None
     """[R, width], True past a row's own labels."""
-    dense: _Places | None
-    """Its dense layers [S]."""
+    dense: _DenseLayers | None
     places: Tensor | None
-    """[R], where in a rectangle [S * longest] each row lies; None where rows fill it."""
+    """[R], where in a rectangle [dense layers * longest] each row lies; None where rows fill it."""
     longest: int
 
     def fill(self, logits: Tensor, x: Tensor, pool: HeadPool, activation: HeadActivation) -> None:
@@ -133,11 +155,11 @@ class _Piece:
         logits[self.rows, : out.shape[1]] = out
 
     def _dense(self, states: Tensor, pool: HeadPool, activation: HeadActivation) -> Tensor:
-        """Segments side by side in one bmm, the shorter ones with rows of zeros: the weights are what costs."""
+        """Segments side by side in one bmm, zeros where they have no rows: the weights are what costs."""
         assert self.dense is not None
         assert pool.dense_weight is not None
         assert pool.dense_bias is not None
-        count, width = len(self.dense.index), states.shape[1]
+        count, width = self.dense.count, states.shape[1]
         side_by_side = states
         if self.places is not None:
             side_by_side = states.new_zeros(count * self.longest, width).index_copy_(0, self.places, states)
@@ -161,17 +183,18 @@ def _piece(segments: Sequence[HeadSegment]) -> _Piece:
     longest, width = int(lengths.max()), int(counts.max())
     rows = torch.cat([torch.arange(s.start, s.end) for s in segments])
     labels = torch.cat([torch.arange(s.first, s.first + s.labels) for s in segments])
-    columns = foreign = places = None
+    columns = foreign = dense = places = None
     if len(segments) > 1:
         column = torch.arange(width)
         foreign = (column >= counts[:, None]).repeat_interleave(lengths, 0)
         first = (counts.cumsum(0) - counts)[:, None]
         columns = torch.minimum(first + column, first + counts[:, None] - 1).repeat_interleave(lengths, 0)
-    dense = [s.dense for s in segments if s.dense is not None]
-    if dense and int(lengths.min()) < longest:
-        places = torch.cat([torch.arange(s.end - s.start) + i * longest for i, s in enumerate(segments)])
-    own_dense = _Places.of(torch.tensor(dense)) if dense else None
-    return _Piece(rows, _Places.of(labels), columns, foreign, own_dense, places, longest)
+    if used := [s.dense for s in segments if s.dense is not None]:
+        dense, layer = _DenseLayers.of(used)
+        places = torch.cat([torch.arange(s.end - s.start) + i * longest for s, i in zip(segments, layer, strict=True)])
+        if torch.equal(places, torch.arange(dense.count * longest)):
+            places = None
+    return _Piece(rows, _Places.of(labels), columns, foreign, dense, places, longest)
 
 
 def _check(x: Tensor, pool: HeadPool, plan: HeadPlan) -> None:
