@@ -3,16 +3,22 @@
 One name per operator through specification (`reference`), implementation, test and benchmark.
 """
 
+from chorus.kernels.attention_plan import AttentionPlan
+from chorus.kernels.attention_tables import Capacity as AttentionCapacity
+from chorus.kernels.attention_tables import decode_ranges
 from chorus.kernels.head import HeadPlan, head
 from chorus.kernels.low_rank import LowRankPlan, low_rank, low_rank_group
+from chorus.kernels.low_rank_tables import Capacity as LowRankCapacity
+from chorus.kernels.low_rank_tables import StaticTables
 from chorus.kernels.packed_attention import PackedPlan, packed_attention
-from chorus.kernels.paged_attention import AttentionPlan, paged_attention, store_kv
+from chorus.kernels.paged_attention import paged_attention, store_kv
 from chorus.kernels.position_bias import relative_bias
 from chorus.kernels.residual_norm import residual_norm
 from chorus.kernels.rope_store import RopePlan, qk_norm_rope_store
 from chorus.kernels.row_ops import row_add, row_scale, row_select
 from chorus.kernels.row_plan import RowPlan
 from chorus.kernels.silu_mul import gelu_tanh_mul, silu_mul
+from chorus.kernels.tuning import family_of as low_rank_family
 from chorus.kernels.types import (
     Activation,
     AttentionRow,
@@ -27,12 +33,14 @@ from chorus.kernels.types import (
 
 __all__ = [
     "Activation",
+    "AttentionCapacity",
     "AttentionPlan",
     "AttentionRow",
     "Epilogue",
     "HeadPlan",
     "HeadPool",
     "HeadSegment",
+    "LowRankCapacity",
     "LowRankPlan",
     "LowRankSegment",
     "Norm",
@@ -41,9 +49,12 @@ __all__ = [
     "RopePlan",
     "RowPlan",
     "SlotSegment",
+    "StaticTables",
+    "decode_ranges",
     "gelu_tanh_mul",
     "head",
     "low_rank",
+    "low_rank_family",
     "low_rank_group",
     "packed_attention",
     "paged_attention",

@@ -23,13 +23,18 @@ ITEM_FIELDS, MERGE_FIELDS = 7, 3
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """The most that a batch may hold: sequences with one new token, items of chunks, parts of cut rows, pages."""
+    """The most that a batch may hold: ranges of decodes, items of chunks, decodes that are cut, their parts, pages."""
 
     decode_items: int
     prefill_items: int
     merges: int
     parts: int
     pages: int
+
+    @classmethod
+    def of_decodes(cls, rows: int, ranges: int, block_size: int) -> "Capacity":
+        """Of any `rows` decodes whose contexts are cut into `ranges` together (`decode_ranges`), windows or not."""
+        return cls(ranges, 0, rows, ranges, ranges * -(-SPLIT_TOKENS // block_size))
 
 
 class Geometry(NamedTuple):
@@ -67,12 +72,13 @@ def attention_tables(
     block_size: int,
     group: int,
     window: int | None,
-    device: torch.device,
     capacity: Capacity | None = None,
     *,
     causal: bool = True,
 ) -> AttentionTables:
-    """Tables for a batch; `group` query heads share a key head. Without `causal` every token sees the whole context.
+    """Tables for a batch, on the host; `group` query heads share a key head.
+
+    Without `causal` every token sees the whole context.
 
     Raises:
         ValueError: the batch is larger than the capacity.
@@ -111,7 +117,7 @@ def attention_tables(
     merges_at = prefill_at + have.prefill_items * ITEM_FIELDS
     pages_at = merges_at + have.merges * MERGE_FIELDS
     geometry = Geometry(have.decode_items, prefill_at, have.prefill_items, merges_at, have.merges, have.parts, pages_at)
-    return AttentionTables(torch.tensor(flat or [0], dtype=torch.int32).to(device, non_blocking=True), geometry)
+    return AttentionTables(torch.tensor(flat or [0], dtype=torch.int32), geometry)
 
 
 def _chunk_items(
@@ -134,6 +140,11 @@ def _ranges(context: int, block_size: int, window: int | None) -> Iterator[tuple
         end = min((begin // SPLIT_TOKENS + 1) * SPLIT_TOKENS, context)
         yield begin, end
         begin = end
+
+
+def decode_ranges(context: int) -> int:
+    """Into how many ranges a decode over so many tokens is cut."""
+    return -(-context // SPLIT_TOKENS)
 
 
 def tokens_of_tile(block_m: int, group: int) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from chorus.kernels.pointwise_tuning import HEAD_ROWS
 from chorus.kernels.types import HeadSegment
+from chorus.kernels.upload import to_device, write
 
 TILE_FIELDS = 4
 
@@ -57,7 +58,7 @@ class HeadTables:
         else:
             self.geometry = HeadGeometry(capacity.rows, capacity.rows, capacity.rows)
         self.flat_geometry = list(self.geometry)
-        self.buffer = _pinned(self._filled(segments), device).to(device, non_blocking=True)
+        self.buffer = to_device(self._filled(segments), device)
 
     def rewrite(self, segments: Sequence[HeadSegment], rows: int) -> None:
         """Writes another batch into the same buffer, on the current stream and without waiting."""
@@ -65,7 +66,7 @@ class HeadTables:
             raise ValueError("capacity: a plan without one is not written anew")
         check_segments(segments, rows)
         self._check(segments, rows)
-        self.buffer.copy_(_pinned(self._filled(segments), self.buffer.device), non_blocking=True)
+        write(self.buffer, self._filled(segments))
 
     def _check(self, segments: Sequence[HeadSegment], rows: int) -> None:
         labels = max((s.labels for s in segments), default=0)
@@ -108,8 +109,3 @@ def check_segments(segments: Sequence[HeadSegment], rows: int) -> tuple[int, int
 
 def _count(segments: Iterable[HeadSegment]) -> int:
     return sum(-(-(s.end - s.start) // HEAD_ROWS) for s in segments)
-
-
-def _pinned(host: Tensor, device: torch.device) -> Tensor:
-    """Pageable memory would make the copy wait; the allocator keeps a pinned block until its copies are done."""
-    return host.pin_memory() if device.type == "cuda" else host

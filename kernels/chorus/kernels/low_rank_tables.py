@@ -22,6 +22,7 @@ from torch import Tensor
 
 from chorus.kernels.tuning import Family, block_rows, family_of, rank_block
 from chorus.kernels.types import LowRankSegment
+from chorus.kernels.upload import to_device, write
 
 PAGE_ROWS = 8
 TILE_FIELDS = 7
@@ -94,10 +95,10 @@ class LowRankTables:
         used = [s for s in segments if s.acts]
         self.geometry = _geometry(used) if capacity is None else _worst_case(capacity)
         self.flat_geometry = self.geometry.flat()
-        self._check(used)
+        _check(used, self._capacity)
         self._used = used
         self._gradient: tuple[int, Tensor] | None = None
-        self.buffer = _on_device(_fill(used, self.geometry, capacity), device) if buffer is None else buffer
+        self.buffer = to_device(_fill(used, self.geometry, capacity), device) if buffer is None else buffer
 
     @classmethod
     def together(cls, batches: Sequence[Sequence[LowRankSegment]], device: torch.device) -> list["LowRankTables"]:
@@ -107,7 +108,7 @@ class LowRankTables:
             used = [s for s in segments if s.acts]
             host = _fill(used, _geometry(used), None)
             hosts.append(F.pad(host, (0, _aligned(host.numel()) - host.numel())))
-        parts = _on_device(torch.cat(hosts), device).split([host.numel() for host in hosts]) if hosts else ()
+        parts = to_device(torch.cat(hosts), device).split([host.numel() for host in hosts]) if hosts else ()
         return [cls(s, device, None, buffer=part) for s, part in zip(batches, parts, strict=True)]
 
     def rewrite(self, segments: Sequence[LowRankSegment]) -> None:
@@ -115,9 +116,9 @@ class LowRankTables:
         if self._capacity is None:
             raise ValueError("capacity: tables without one are not written anew")
         used = [s for s in segments if s.acts]
-        self._check(used)
+        _check(used, self._capacity)
         host = _fill(used, self.geometry, self._capacity)
-        self.buffer.copy_(_pinned(host, self.buffer.device), non_blocking=True)
+        write(self.buffer, host)
         self._used, self._gradient = used, None
 
     def gradient_tiles(self) -> tuple[int, Tensor]:
@@ -138,17 +139,35 @@ class LowRankTables:
             owned = [row for s in self._used for row in s.pool_rows]
             if len(owned) != len(set(owned)):
                 raise ValueError("segments: two share pool rows, whose gradient has one writer")
-            self._gradient = block, _on_device(torch.tensor(tiles, dtype=torch.int32), self.buffer.device)
+            self._gradient = block, to_device(torch.tensor(tiles, dtype=torch.int32), self.buffer.device)
         return self._gradient
 
-    def _check(self, segments: Sequence[LowRankSegment]) -> None:
-        if self._capacity is None or not segments:
-            return
-        rank = max(len(s.pool_rows) for s in segments)
-        if segments[-1].end > self._capacity.rows or rank > self._capacity.rank:
-            raise ValueError(f"segments: {segments[-1].end} rows of rank {rank} exceed {self._capacity}")
-        if not self._capacity.activated and any(s.activation for s in segments):
-            raise ValueError("segments: the capacity is of batches without activations")
+
+class StaticTables:
+    """Tables of `count` sites in one buffer of the worst case, all written anew in one upload: for CUDA graphs."""
+
+    def __init__(self, count: int, capacity: Capacity, device: torch.device) -> None:
+        self._capacity, self._geometry = capacity, _worst_case(capacity)
+        nothing = self._host(())
+        self._buffer = to_device(nothing.expand(count, -1).contiguous(), device)
+        self.tables = [LowRankTables((), device, capacity, buffer=own) for own in self._buffer]
+
+    def rewrite(self, batches: Sequence[Sequence[LowRankSegment]], batch_of: Sequence[int]) -> None:
+        """Site i gets batches[batch_of[i]], on the current stream and without waiting.
+
+        Raises:
+            ValueError: a batch exceeds the capacity; nothing is written then.
+        """
+        hosts = []
+        for segments in batches:
+            used = [s for s in segments if s.acts]
+            _check(used, self._capacity)
+            hosts.append(self._host(used))
+        write(self._buffer, torch.stack(hosts)[torch.tensor(batch_of)])
+
+    def _host(self, segments: Sequence[LowRankSegment]) -> Tensor:
+        host = _fill(segments, self._geometry, self._capacity)
+        return F.pad(host, (0, _aligned(host.numel()) - host.numel()))
 
 
 @lru_cache(maxsize=4096)
@@ -165,6 +184,16 @@ def pages_of(pool_rows: tuple[int, ...]) -> tuple[int, ...]:
             raise ValueError(f"segments: pool rows {part} are not a page of {PAGE_ROWS}")
         pages.append(first // PAGE_ROWS)
     return tuple(pages)
+
+
+def _check(segments: Sequence[LowRankSegment], capacity: Capacity | None) -> None:
+    if capacity is None or not segments:
+        return
+    rank = max(len(s.pool_rows) for s in segments)
+    if segments[-1].end > capacity.rows or rank > capacity.rank:
+        raise ValueError(f"segments: {segments[-1].end} rows of rank {rank} exceed {capacity}")
+    if not capacity.activated and any(s.activation for s in segments):
+        raise ValueError("segments: the capacity is of batches without activations")
 
 
 def _geometry(segments: Sequence[LowRankSegment]) -> Geometry:
@@ -224,15 +253,6 @@ def _fill(segments: Sequence[LowRankSegment], geometry: Geometry, capacity: Capa
         buffer[group.expand_at : group.expand_at + len(expands)] = expands
     buffer[geometry.pages_at : geometry.pages_at + len(pages)] = pages
     return torch.tensor(buffer, dtype=torch.int32)
-
-
-def _on_device(host: Tensor, device: torch.device) -> Tensor:
-    return _pinned(host, device).to(device, non_blocking=True)
-
-
-def _pinned(host: Tensor, device: torch.device) -> Tensor:
-    """Pageable memory would make the copy wait; the allocator keeps a pinned block until its copies are done."""
-    return host.pin_memory() if device.type == "cuda" else host
 
 
 def _ceil(count: int, size: int) -> int:

@@ -16,6 +16,7 @@ from chorus.kernels.attention_tables import AttentionTables, Capacity, attention
 from chorus.kernels.attention_tuning import attend_tiles
 from chorus.kernels.dense_attention import dense_attention
 from chorus.kernels.types import AttentionRow
+from chorus.kernels.upload import to_device
 
 # How much longer than its shortest the longest sequence of a call may be.
 PADDING = 1.25
@@ -72,8 +73,8 @@ class PackedPlan:
     def tables(self, group: int) -> AttentionTables:
         """For the Triton kernels, with `group` query heads to a key head."""
         if group not in self._tables:
-            made = attention_tables(self.rows, 1, group, None, self.device, self._capacity, causal=False)
-            self._tables[group] = made
+            host, geometry = attention_tables(self.rows, 1, group, None, self._capacity, causal=False)
+            self._tables[group] = AttentionTables(to_device(host, self.device), geometry)
         return self._tables[group]
 
 

@@ -5,78 +5,19 @@ gather of its pages and one SDPA, 0.1 ms that the chunk's own work hides; it is 
 bias (`dense_attention`).
 
 On CUDA the Triton kernels run (`triton_attention`), decodes and chunks in two launches, over tables that the plan
-builds (`attention_tables`).
+(`attention_plan`) builds.
 """
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from chorus.kernels import reference
-from chorus.kernels.attention_checks import check_attention, check_cache, check_rows, check_scores, check_store
-from chorus.kernels.attention_tables import AttentionTables, Capacity, attention_tables
+from chorus.kernels.attention_checks import check_attention, check_cache, check_scores, check_store
+from chorus.kernels.attention_plan import AttentionPlan
 from chorus.kernels.attention_tuning import attend_tiles
 from chorus.kernels.dense_attention import dense_attention
-from chorus.kernels.paged_decode import DecodePages, decode_by_pages
-from chorus.kernels.types import AttentionRow
-
-
-class AttentionPlan:
-    """One batch's attention work, shared by all layers: where new keys go, and who attends to what.
-
-    `rows` lists the batch's sequences in order; together they cover rows 0..T. Immutable once made. Without `causal`
-    tokens see all of their context, which another sequence has stored (cross-attention); such a plan has no slots.
-    `triton` says whether Triton runs (on CUDA if None); a `capacity` gives its tables one size for all batches.
-
-    Raises:
-        ValueError: rows out of order, or a table that does not hold its context.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[AttentionRow],
-        block_size: int,
-        device: torch.device,
-        capacity: Capacity | None = None,
-        *,
-        causal: bool = True,
-        triton: bool | None = None,
-    ) -> None:
-        check_rows(rows, block_size, causal)
-        self.runs_triton = device.type == "cuda" if triton is None else triton
-        self._capacity = capacity
-        self._tables: dict[tuple[int, int | None], AttentionTables] = {}
-        self.rows = tuple(rows)
-        self.block_size = block_size
-        self.causal = causal
-        self.device = device
-        self.tokens = self.rows[-1].end if self.rows else 0
-        self.highest_block = max((max(_used(row, block_size)) for row in self.rows), default=-1)
-        slots = _slots(self.rows, block_size) if causal else []
-        self.slots = torch.tensor(slots, dtype=torch.int64, device=device)  # [T]
-        self.decodes = [row for row in self.rows if row.end - row.start == 1]
-        self.prefills = [row for row in self.rows if row.end - row.start > 1]
-        self.prefill_blocks = [torch.tensor(_used(row, block_size), device=device) for row in self.prefills]
-        self.decode_rows = torch.tensor([row.start for row in self.decodes], dtype=torch.int64, device=device)  # [R]
-        self._pages: dict[int | None, DecodePages] = {}
-
-    def tables(self, group: int, window: int | None) -> AttentionTables:
-        """For the Triton kernels, with `group` query heads to a key head."""
-        key = group, window
-        if key not in self._tables:
-            made = attention_tables(
-                self.rows, self.block_size, group, window, self.device, self._capacity, causal=self.causal
-            )
-            self._tables[key] = made
-        return self._tables[key]
-
-    def decode_pages(self, window: int | None) -> DecodePages:
-        """The pages that the decode rows see some of."""
-        if window not in self._pages:
-            self._pages[window] = DecodePages(self.decodes, self.block_size, window)
-        return self._pages[window]
+from chorus.kernels.paged_decode import decode_by_pages
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -148,15 +89,16 @@ def paged_attention(
             bias=bias,
             causal=plan.causal,
         )
-    if plan.decodes:
-        pages = plan.decode_pages(window)
+    batch = plan.on_cpu
+    if batch.decodes:
+        pages = batch.decode_pages(window)
         attended = decode_by_pages(query, k_cache, v_cache, pages, scale=scale, soft_cap=soft_cap, bias=bias)
-        if not plan.prefills:
+        if not batch.prefills:
             return attended
     out = torch.empty_like(query)
-    if plan.decodes:
-        out.index_copy_(0, plan.decode_rows, attended)
-    for row, blocks in zip(plan.prefills, plan.prefill_blocks, strict=True):
+    if batch.decodes:
+        out.index_copy_(0, batch.decode_rows, attended)
+    for row, blocks in zip(batch.prefills, batch.prefill_blocks, strict=True):
         key, value = _gather(k_cache, blocks, row.context), _gather(v_cache, blocks, row.context)
         part = slice(row.start, row.end)
         out[part] = _prefill(query[part], key, value, scale, plan.causal, window, soft_cap, bias)
@@ -221,17 +163,3 @@ def _prefill(
         q, key, value, scale=scale, seen=seen, soft_cap=soft_cap, bias=bias, first=context - count
     )
     return attended[0].transpose(0, 1)
-
-
-def _slots(rows: Sequence[AttentionRow], block_size: int) -> list[int]:
-    """Cache position of every new token, in batch order."""
-    slots: list[int] = []
-    for row in rows:
-        first = row.context - (row.end - row.start)
-        slots += [row.blocks[p // block_size] * block_size + p % block_size for p in range(first, row.context)]
-    return slots
-
-
-def _used(row: AttentionRow, block_size: int) -> Sequence[int]:
-    """The blocks that hold the row's context."""
-    return row.blocks[: -(-row.context // block_size)]

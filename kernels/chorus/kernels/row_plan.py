@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from chorus.kernels.types import SlotSegment
+from chorus.kernels.upload import to_device, write
 
 
 class CpuRows(NamedTuple):
@@ -63,7 +64,7 @@ class RowPlan:
         self._capacity = capacity
         self._set(segments, rows)
         self.cpu = _on_cpu(self.segments) if device.type == "cpu" and not self.runs_triton else None
-        self.buffer = _to(self._filled(), device) if self.runs_triton else None
+        self.buffer = to_device(self._filled(), device) if self.runs_triton else None
 
     @property
     def size(self) -> int:
@@ -80,9 +81,7 @@ class RowPlan:
         if self._capacity is None or self.buffer is None:
             raise ValueError("capacity: a plan without one is not written anew")
         self._set(segments, rows)
-        host = self._filled()
-        pinned = host.pin_memory() if self.device.type == "cuda" else host
-        self.buffer.copy_(pinned, non_blocking=True)
+        write(self.buffer, self._filled())
 
     def _set(self, segments: Sequence[SlotSegment], rows: int) -> None:
         slots_needed = _check(segments, rows)
@@ -119,11 +118,6 @@ def _on_cpu(segments: Sequence[SlotSegment]) -> CpuRows | None:
     together = segments[-1].end - first == count
     same = len({s.slot for s in segments}) == 1
     return CpuRows(first, count, None if together else rows, slots[:1] if same else slots)
-
-
-def _to(host: Tensor, device: torch.device) -> Tensor:
-    """Pageable memory would make the copy wait; the allocator keeps a pinned block until its copies are done."""
-    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def _check(segments: Sequence[SlotSegment], rows: int) -> int:

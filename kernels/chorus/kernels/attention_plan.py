@@ -1,0 +1,122 @@
+"""`AttentionPlan`: what a batch's attention needs to know of it, made once a step and shared by all layers.
+
+With a capacity its tables have one size and place for all batches of as many tokens, and are written anew in place: a
+CUDA graph that was captured with them replays any of these.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from chorus.kernels.attention_checks import check_rows
+from chorus.kernels.attention_tables import AttentionTables, Capacity, attention_tables
+from chorus.kernels.paged_decode import DecodePages
+from chorus.kernels.types import AttentionRow
+from chorus.kernels.upload import to_device, write
+
+
+class CpuRows:
+    """The same batch for a CPU: its decodes together, its chunks one by one."""
+
+    def __init__(self, rows: Sequence[AttentionRow], block_size: int) -> None:
+        self._block_size = block_size
+        self.decodes = [row for row in rows if row.end - row.start == 1]
+        self.prefills = [row for row in rows if row.end - row.start > 1]
+        self.prefill_blocks = [torch.tensor(used(row, block_size)) for row in self.prefills]
+        self.decode_rows = torch.tensor([row.start for row in self.decodes], dtype=torch.int64)  # [R]
+        self._pages: dict[int | None, DecodePages] = {}
+
+    def decode_pages(self, window: int | None) -> DecodePages:
+        """The pages that the decode rows see some of."""
+        if window not in self._pages:
+            self._pages[window] = DecodePages(self.decodes, self._block_size, window)
+        return self._pages[window]
+
+
+class AttentionPlan:
+    """One batch's attention work, shared by all layers: where new keys go, and who attends to what.
+
+    `rows` lists the batch's sequences in order; together they cover rows 0..T. Without `causal` tokens see all of their
+    context, which another sequence has stored (cross-attention); such a plan has no slots. `triton` says whether Triton
+    runs (on CUDA if None); a `capacity` gives its tables one size for all batches, which then can be written anew.
+
+    Raises:
+        ValueError: rows out of order, or a table that does not hold its context.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[AttentionRow],
+        block_size: int,
+        device: torch.device,
+        capacity: Capacity | None = None,
+        *,
+        causal: bool = True,
+        triton: bool | None = None,
+    ) -> None:
+        check_rows(rows, block_size, causal)
+        self.runs_triton = device.type == "cuda" if triton is None else triton
+        self._capacity = capacity
+        self._tables: dict[tuple[int, int | None], AttentionTables] = {}
+        self.rows = tuple(rows)
+        self.block_size = block_size
+        self.causal = causal
+        self.device = device
+        self.tokens = self.rows[-1].end if self.rows else 0
+        self.slots = to_device(_slots(self.rows, block_size, causal), device)  # [T]
+        self.highest_block = _highest_block(self.rows, block_size)
+
+    def rewrite(self, rows: Sequence[AttentionRow]) -> None:
+        """Another batch of as many tokens into the same tables, on the current stream and without waiting.
+
+        Raises:
+            ValueError: not as many tokens, more than the capacity, or a plan without one; nothing is written then.
+        """
+        if self._capacity is None or not self.runs_triton:
+            raise ValueError("capacity: a plan without one is not written anew")
+        check_rows(rows, self.block_size, self.causal)
+        if not rows or rows[-1].end != self.tokens:
+            raise ValueError(f"rows: they end at {rows[-1].end if rows else 0}, the plan's at {self.tokens}")
+        made = {(group, window): self._made(rows, group, window) for group, window in self._tables}
+        self.rows = tuple(rows)
+        self.__dict__.pop("on_cpu", None)
+        self.highest_block = _highest_block(self.rows, self.block_size)
+        write(self.slots, _slots(self.rows, self.block_size, self.causal))
+        for key, (tables, _) in made.items():
+            write(self._tables[key].tables, tables)
+
+    def tables(self, group: int, window: int | None) -> AttentionTables:
+        """For the Triton kernels, with `group` query heads to a key head."""
+        key = group, window
+        if key not in self._tables:
+            host, geometry = self._made(self.rows, group, window)
+            self._tables[key] = AttentionTables(to_device(host, self.device), geometry)
+        return self._tables[key]
+
+    def _made(self, rows: Sequence[AttentionRow], group: int, window: int | None) -> AttentionTables:
+        return attention_tables(rows, self.block_size, group, window, self._capacity, causal=self.causal)
+
+    @cached_property
+    def on_cpu(self) -> CpuRows:
+        """For what runs without Triton."""
+        return CpuRows(self.rows, self.block_size)
+
+
+def used(row: AttentionRow, block_size: int) -> Sequence[int]:
+    """The blocks that hold the row's context."""
+    return row.blocks[: -(-row.context // block_size)]
+
+
+def _highest_block(rows: Sequence[AttentionRow], block_size: int) -> int:
+    return max((max(used(row, block_size)) for row in rows), default=-1)
+
+
+def _slots(rows: Sequence[AttentionRow], block_size: int, causal: bool) -> Tensor:
+    """Cache position of every new token, in batch order."""
+    slots: list[int] = []
+    for row in rows if causal else ():
+        first = row.context - (row.end - row.start)
+        slots += [row.blocks[p // block_size] * block_size + p % block_size for p in range(first, row.context)]
+    return torch.tensor(slots, dtype=torch.int64)
