@@ -93,12 +93,16 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 }
 
 
-def save_base(folder: Path, family: str, *, tied: bool | None = None) -> Path:
+def save_base(folder: Path, family: str, *, tied: bool | None = None, layers: int | None = None) -> Path:
     """Writes a tiny random model of the family; the same weights each time.
 
-    `tied` says whether the head is the embedding; as the family's row has it if None.
+    `tied` says whether the head is the embedding; as the family's row has it if None, as are its layers.
     """
     config = copy.deepcopy(FAMILIES[family])
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
     if tied is not None:
         config.tie_word_embeddings = tied
     torch.manual_seed(7)

@@ -26,7 +26,7 @@ ASKED_ON_CUDA: dict[str, Callable[..., Any]] = {
 def test_row_of_a_mixed_batch_equals_the_solo_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, operator in ASKED_ON_CUDA.items():
         monkeypatch.setattr(name, partial(operator, triton=True))
-    base = save_base(tmp_path / "base", "qwen3")
+    base = save_base(tmp_path / "base", "qwen3", layers=2)
     adapters = [None, save_adapter(base, tmp_path / "a", 1, r=4), save_adapter(base, tmp_path / "b", 2, r=11)]
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in (14, 5, 19)]
