@@ -46,9 +46,9 @@ def engine_alone(streams: int, threads: int) -> Callable[[], float]:
     """A function that generates with the engine alone and returns its tokens/s."""
     from chorus.config import ServerConfig
     from chorus.engine import messages as m
-    from loads.alone import engine_of
+    from loads.alone import alone
 
-    engine, _, _ = engine_of(ServerConfig(threads=threads))
+    engine, _, _ = alone(ServerConfig(threads=threads))
 
     def submit(stream: int, turn: int) -> m.Submit:
         sampling = m.Sampling(tokens_out(stream, turn), temperature=0.0, ignore_eos=True)

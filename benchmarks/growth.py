@@ -24,7 +24,7 @@ from chorus.config import ServerConfig
 from chorus.engine import messages as m
 from chorus.engine.engine import Engine
 from common import SHAPE_144M, Others, record, wait_until_quiet
-from loads.alone import engine_of, load_adapters
+from loads.alone import alone, load_adapters
 from loads.decodes import decode_ms
 from loads.distinct import write_adapter
 
@@ -55,7 +55,7 @@ def of_shape(folder: Path, adapter_memory_mb: int) -> tuple[Engine, Any]:
     config = ServerConfig(
         model=str(folder), load_format="dummy", kv_cache_mb=256, adapter_memory_mb=adapter_memory_mb, max_rows=64
     )
-    engine, base, _ = engine_of(config)
+    engine, base, _ = alone(config)
     return engine, base
 
 

@@ -10,26 +10,19 @@ from chorus.adapters import artifact as artifacts
 from chorus.adapters.digest import version_digest
 from chorus.config import ServerConfig
 from chorus.engine import messages as m
+from chorus.engine.assembly import engine_of
 from chorus.engine.engine import Engine
 from chorus.engine.memory import MemoryPlan, plan_memory
 from chorus.models.base import Base, load_base
 
 
-def engine_of(config: ServerConfig) -> tuple[Engine, Base, MemoryPlan]:
+def alone(config: ServerConfig) -> tuple[Engine, Base, MemoryPlan]:
     """What `chorus serve` would run with this configuration."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     base = load_base(config.model, device=config.device, dtype=config.dtype, load_format=config.load_format)
     memory = plan_memory(base, config)
-    engine = Engine(
-        base,
-        memory,
-        max_rank=config.max_rank,
-        max_rows=config.max_rows,
-        max_step_tokens=config.max_step_tokens,
-        max_queue=config.max_queue,
-    )
-    return engine, base, memory
+    return engine_of(base, memory, config), base, memory
 
 
 def load_adapters(engine: Engine, base: Base, folders: Sequence[Path]) -> tuple[list[m.AdapterRef], list[m.Loaded]]:

@@ -14,7 +14,7 @@ from chorus.engine.memory import MemoryPlan
 from chorus.engine.schedule import Schedule
 from chorus.engine.scheduler import Scheduler
 from chorus.engine.simulated_device import Cost, StepFeatures
-from loads.alone import engine_of, load_adapters
+from loads.alone import alone, load_adapters
 from loads.distinct import write_adapter
 
 ROWS = (1, 4, 16, 32, 64)
@@ -25,7 +25,7 @@ WARM_UP, STEPS = 10, 70
 
 def calibrate(config: ServerConfig, shape: dict[str, int], folder: Path, ranks: list[int]) -> tuple[Cost, MemoryPlan]:
     """Fits steps of `ROWS` rows over so many `ADAPTERS`, and the median load; needs half a minute."""
-    engine, base, memory = engine_of(config)
+    engine, base, memory = alone(config)
     folders = [write_adapter(shape, folder / str(i), i, ranks) for i in range(max(ADAPTERS))]
     refs, loaded = load_adapters(engine, base, folders)
     steps = [step for rows in ROWS for n in ADAPTERS if n <= rows for step in _run(engine, rows, refs[:n])]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from chorus.config import ServerConfig
 from chorus.engine import messages as m
-from loads.alone import engine_of, load_adapters
+from loads.alone import alone, load_adapters
 from peers.process import Answer, serve
 from peers.work import REQUESTS, TOKENS_OUT, adapter_folders, base_folder, prompts
 from step_profile import StepProfile
@@ -27,7 +27,7 @@ class ChorusEngine:
             adapter_memory_mb=ADAPTER_MB,
             max_rows=REQUESTS,
         )
-        self._engine, self._base, _ = engine_of(config)
+        self._engine, self._base, _ = alone(config)
         self._refs, _ = load_adapters(self._engine, self._base, adapter_folders(folder))
 
     def answer(self, ask: str, adapters: int = 0, turn: int = 0) -> Answer:

@@ -60,6 +60,9 @@ class ServerConfig(BaseModel):
     prefix_cache: Literal["tenant", "request"] = Field(
         default="tenant", description="Who finds a prompt's keys and values again; request: its own outputs alone."
     )
+    cuda_graphs: Literal["auto", "off"] = Field(
+        default="auto", description="auto: decode steps run as CUDA graphs, where the device is cuda."
+    )
     max_queue: int = Field(default=1024, ge=1, description="Requests that wait, at most; more are refused.")
     max_message_mb: int = Field(default=64, ge=1, le=1024, description="The largest gRPC message, MiB.")
     max_adapter_mb: int = Field(default=1024, ge=1, description="The largest adapter upload, MiB.")

@@ -8,6 +8,7 @@ from chorus.adapters import artifact as artifacts
 from chorus.adapters.digest import version_digest
 from chorus.engine import messages as m
 from chorus.engine.engine import Engine
+from chorus.engine.graphs import Record
 from chorus.engine.memory import MemoryPlan
 from chorus.models.base import load_base
 from chorus.models.digest import base_digest
@@ -51,6 +52,7 @@ def make_engine(
     prefix_cache: bool = True,
     target_step_s: float | None = None,
     device: str = "cpu",
+    record: Record | None = None,
     wake: Callable[[], None] = lambda: None,
 ) -> Engine:
     """An fp32 engine whose prefills take several chunks."""
@@ -66,6 +68,7 @@ def make_engine(
         max_queue=256,
         prefix_cache=prefix_cache,
         target_step_s=target_step_s,
+        record=record,
         on_ready=wake,
     )
 

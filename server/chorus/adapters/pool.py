@@ -40,6 +40,8 @@ class AdapterPool:
         self.dtype = dtype
         self._device = device
         self._slots: dict[int, dict[str, tuple[int, ...]]] = {}
+        self._embeddings = {name for name, site in sites.items() if site.is_embedding}
+        self._sites_used: dict[str, None] = {}
         self._next_slot = 0
         self._plans: OrderedDict[tuple[SlotSegment, ...], dict[str, LowRankPlan]] = OrderedDict()
         self.row_bytes = {name: row_bytes(site, dtype) for name, site in sites.items()}
@@ -96,6 +98,7 @@ class AdapterPool:
             pool.mid_scale[index] = factors.scale
             table[name] = alike.setdefault(rows, rows)
         self._slots[slot] = table
+        self._sites_used.update(dict.fromkeys(table))
         return slot
 
     def evict(self, slot: int) -> None:
@@ -111,7 +114,7 @@ class AdapterPool:
         if key in self._plans:
             self._plans.move_to_end(key)
             return self._plans[key]
-        layouts = self._layouts(segments)
+        layouts = self.layouts(segments)
         made = LowRankPlan.together([layout for layout, _ in layouts], self._device)
         plans = {name: plan for plan, (_, names) in zip(made, layouts, strict=True) for name in names}
         self._plans[key] = plans
@@ -119,7 +122,20 @@ class AdapterPool:
             self._plans.popitem(last=False)
         return plans
 
-    def _layouts(self, segments: Sequence[SlotSegment]) -> list[tuple[tuple[LowRankSegment, ...], list[str]]]:
+    @property
+    def linears_used(self) -> tuple[str, ...]:
+        """Sites where some adapter acts or has acted, but for embeddings: only ever more."""
+        return tuple(name for name in self._sites_used if name not in self._embeddings)
+
+    def rank_of(self, slot: int) -> int:
+        """An adapter's largest rank."""
+        return max(map(len, self._slots[slot].values()), default=0)
+
+    def embeds(self, slot: int) -> bool:
+        """Whether an adapter changes what is looked up for a token or a position."""
+        return not self._embeddings.isdisjoint(self._slots[slot])
+
+    def layouts(self, segments: Sequence[SlotSegment]) -> list[tuple[tuple[LowRankSegment, ...], list[str]]]:
         """The segments' pool rows, and the sites where they are those.
 
         An adapter owns one tuple wherever its rows are the same, so sites are told apart by identity: comparing the

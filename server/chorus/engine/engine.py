@@ -14,6 +14,7 @@ from chorus.adapters.residency import NO_ADAPTER_ROOM, LoadedHost, LoadOutcome, 
 from chorus.engine import blame
 from chorus.engine import messages as m
 from chorus.engine.evaluate import Drawn, evaluate
+from chorus.engine.graphs import Record
 from chorus.engine.kv_cache import BlockPool
 from chorus.engine.layout import lay_out
 from chorus.engine.memory import MemoryPlan
@@ -53,6 +54,7 @@ class Engine:
         max_queue: int,
         prefix_cache: bool = True,
         target_step_s: float | None = None,
+        record: Record | None = None,
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self._eos = base.facts.eos_token_ids
@@ -73,7 +75,7 @@ class Engine:
             prefix_cache=prefix_cache,
             target_step_s=target_step_s,
         )
-        self._runner = Runner(base, pool, kv_blocks=memory.kv_blocks, block_size=memory.block_size)
+        self._runner = Runner(base, pool, kv_blocks=memory.kv_blocks, block_size=memory.block_size, record=record)
         self._counted = (0, 0, 0)  # evictions, hits and evicted pages that earlier steps have reported
 
     @property

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -78,7 +78,7 @@ def _build(config: ServerConfig, link: socket.socket) -> tuple[Any, Any]:
 
     import torch
 
-    from chorus.engine.engine import Engine
+    from chorus.engine.assembly import engine_of
     from chorus.engine.memory import plan_memory
     from chorus.engine.messages import StepEvents
     from chorus.engine.pacing import Pacer
@@ -99,19 +99,6 @@ def _build(config: ServerConfig, link: socket.socket) -> tuple[Any, Any]:
     )
     memory = plan_memory(base, config)
 
-    def build(wake: Callable[[], None]) -> Engine:
-        return Engine(
-            base,
-            memory,
-            max_rank=config.max_rank,
-            max_rows=config.max_rows,
-            max_step_tokens=config.max_step_tokens,
-            max_queue=config.max_queue,
-            target_step_s=None if config.target_step_ms is None else config.target_step_ms / 1e3,
-            prefix_cache=config.prefix_cache == "tenant",
-            on_ready=wake,
-        )
-
     def post(steps: Sequence[StepEvents]) -> None:
         try:
             link.sendall(frame(Steps(steps)))
@@ -119,7 +106,12 @@ def _build(config: ServerConfig, link: socket.socket) -> tuple[Any, Any]:
             _end(0)
 
     facts = dataclasses.replace(base.facts, context_length=memory.context_length)
-    engine = EngineThread(build, Pacer(post).take, lambda error: _die(link, error), threads=config.threads)
+    engine = EngineThread(
+        lambda wake: engine_of(base, memory, config, on_ready=wake),
+        Pacer(post).take,
+        lambda error: _die(link, error),
+        threads=config.threads,
+    )
     return engine, Ready(facts, memory)
 
 

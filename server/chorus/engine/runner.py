@@ -1,68 +1,99 @@
 """Runs the base model once over a packed batch. Owns the KV cache's tensors; knows nothing of requests' states."""
 
+from collections.abc import Mapping
 from itertools import chain
 
 import torch
 from torch import Tensor
 
 from chorus.adapters.pool import AdapterPool
+from chorus.engine.graphs import DecodeGraphs, Record, StaticStep
 from chorus.engine.layout import Layout
-from chorus.kernels import AttentionPlan
+from chorus.kernels import AttentionPlan, LowRankPlan
 from chorus.models.attention import StepAttention
 from chorus.models.base import Base
 
 
 class Runner:
-    """The base model with its KV cache of `kv_blocks` pages and its adapter pool."""
+    """The base model with its KV cache of `kv_blocks` pages and its adapter pool.
 
-    def __init__(self, base: Base, pool: AdapterPool, *, kv_blocks: int, block_size: int) -> None:
+    With `record` decode steps run as graphs (`engine.graphs`).
+    """
+
+    def __init__(
+        self, base: Base, pool: AdapterPool, *, kv_blocks: int, block_size: int, record: Record | None = None
+    ) -> None:
         self._base = base
         self._pool = pool
         self._block_size = block_size
-        shape = (base.layers, kv_blocks, base.kv_heads, block_size, base.head_dim)
+        blocks = kv_blocks if record is None else kv_blocks + 1  # the last is the graphs', for rows of nobody
+        shape = (base.layers, blocks, base.kv_heads, block_size, base.head_dim)
         self._k_cache = torch.zeros(shape, dtype=base.dtype, device=base.device)
         self._v_cache = torch.zeros(shape, dtype=base.dtype, device=base.device)
         for name, layer in base.adapted.items():
             layer.pool = pool.pools[name]
+        self._graphs: DecodeGraphs | None = None
+        if record is not None:
+            memory = {"block_size": block_size, "scratch_block": kv_blocks}
+            self._graphs = DecodeGraphs(
+                record, self._compute_static, lambda shape: StaticStep(shape, pool, **memory, device=base.device), pool
+            )
 
     @torch.inference_mode()
     def forward(self, layout: Layout) -> Tensor:
         """Logits [L, V] of the layout's `logit_rows`; the keys and values of all its rows are in the cache then."""
+        is_long = self._are_long(layout)
+        if self._graphs is not None and (replayed := self._graphs.run(layout, is_long)) is not None:
+            return replayed
         device = self._base.device
-        self._set_plans(layout)
-        self._set_frequencies(layout)
-        step = StepAttention(AttentionPlan(layout.rows, self._block_size, device), self._k_cache, self._v_cache)
-        token_ids, positions, logit_rows = upload(layout.token_ids, layout.positions, layout.logit_rows, device=device)
+        plan = AttentionPlan(layout.rows, self._block_size, device)
+        token_ids, positions, long, logit_rows = upload(
+            layout.token_ids, layout.positions, is_long, layout.logit_rows, device=device
+        )
+        plans, head_plans = self._pool.plans(layout.segments), self._pool.plans(layout.logit_segments)
+        return self._compute(plan, token_ids, positions, long, logit_rows, plans, head_plans)
+
+    def _compute_static(self, step: StaticStep) -> Tensor:
+        plans = step.deltas.plans if step.deltas is not None else {}
+        return self._compute(step.attention, step.token_ids, step.positions, step.is_long, 0, plans, plans)
+
+    def _compute(
+        self,
+        attention: AttentionPlan,
+        token_ids: Tensor,
+        positions: Tensor,
+        is_long: Tensor,
+        logit_rows: Tensor | int,
+        plans: Mapping[str, LowRankPlan],
+        head_plans: Mapping[str, LowRankPlan],
+    ) -> Tensor:
+        """Logits of `logit_rows`, of all rows if 0; lm_head sees these alone, so it has plans of its own."""
+        for name, layer in self._base.adapted.items():
+            layer.plan = (head_plans if layer.site.is_lm_head else plans).get(name)
+        if self._base.longrope is not None:
+            self._base.longrope.is_long = is_long.bool()
         output = self._base.module(
             input_ids=token_ids[None],
             position_ids=positions[None],
             use_cache=False,
             logits_to_keep=logit_rows,
-            chorus_step=step,
+            chorus_step=StepAttention(attention, self._k_cache, self._v_cache),
         )
         logits: Tensor = output.logits[0]
         return logits
 
-    def _set_plans(self, layout: Layout) -> None:
-        """Tells each adapted layer what to add; lm_head sees the logits' rows only and has a table of its own."""
-        plans = self._pool.plans(layout.segments)
-        head_plans = self._pool.plans(layout.logit_segments)
-        for name, layer in self._base.adapted.items():
-            layer.plan = (head_plans if layer.site.is_lm_head else plans).get(name)
-
-    def _set_frequencies(self, layout: Layout) -> None:
-        """Tells a rotary embedding with two sets of frequencies which rows take the long one."""
+    def _are_long(self, layout: Layout) -> list[bool]:
+        """For each row, whether its sequence is rotated by the long frequencies, where the model has two sets."""
         if (rope := self._base.longrope) is None:
-            return
-        is_long = [
+            return [False] * len(layout.token_ids)
+        return [
             length > rope.boundary
             for row, length in zip(layout.rows, layout.lengths, strict=True)
             for _ in range(row.start, row.end)
         ]
-        rope.is_long = torch.tensor(is_long, device=self._base.device)
 
 
-def upload(*lists: list[int], device: torch.device) -> tuple[Tensor, ...]:
+def upload(*lists: list[int] | list[bool], device: torch.device) -> tuple[Tensor, ...]:
     """The lists as int64 tensors on the device, in one copy that nobody waits for."""
     flat = torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64, pin_memory=device.type == "cuda")
     parts: tuple[Tensor, ...] = flat.to(device, non_blocking=True).split([len(part) for part in lists])

@@ -1,0 +1,27 @@
+"""An engine as the configuration says."""
+
+from collections.abc import Callable
+
+from chorus.config import ServerConfig
+from chorus.engine.engine import Engine
+from chorus.engine.graphs import CudaGraphs
+from chorus.engine.memory import MemoryPlan
+from chorus.models.base import Base
+
+
+def engine_of(
+    base: Base, memory: MemoryPlan, config: ServerConfig, *, on_ready: Callable[[], None] = lambda: None
+) -> Engine:
+    """`on_ready` is called from any thread when a load or a check has ended."""
+    return Engine(
+        base,
+        memory,
+        max_rank=config.max_rank,
+        max_rows=config.max_rows,
+        max_step_tokens=config.max_step_tokens,
+        max_queue=config.max_queue,
+        prefix_cache=config.prefix_cache == "tenant",
+        target_step_s=None if config.target_step_ms is None else config.target_step_ms / 1e3,
+        record=CudaGraphs() if base.device.type == "cuda" and config.cuda_graphs == "auto" else None,
+        on_ready=on_ready,
+    )

@@ -1,0 +1,189 @@
+"""Decode steps as graphs: recorded once for each shape that comes often, replayed for every batch that fits it.
+
+    layout ── shape ──> rows 8, ranges 16, rank 16 ──> graph of that shape ── replay ──> logits
+                         (5 rows and 3 that nobody asked for)   ^
+                         token ids, positions, tables ──────────┘ written anew in place
+
+What a step launches costs the host more than the device where the batch is small: some 500 launches for 32 layers. A
+graph is one. It reads the same memory each time, so all that differs between batches lies in buffers that are written
+before each replay, sized for the most that the shape holds; what the shape does not use ends at once on the device.
+
+A batch without adapters has a graph of its own, in which nothing of adapters is.
+"""
+
+import logging
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from chorus.adapters.pool import AdapterPool, SlotSegment
+from chorus.adapters.static_plans import StaticPlans
+from chorus.engine.layout import Layout
+from chorus.kernels import (
+    AttentionCapacity,
+    AttentionPlan,
+    AttentionRow,
+    LowRankCapacity,
+    decode_ranges,
+    low_rank_family,
+)
+
+log = logging.getLogger(__name__)
+
+Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
+"""Gives what does the same work again, on the same memory."""
+
+# A shape that does not come back is not worth its recording, 0.1 to 1 s.
+SEEN_BEFORE = 4
+# Shapes at a time; the one that was replayed longest ago makes room.
+KEPT = 64
+LEAST_RANK = 16
+
+
+class CudaGraphs:
+    """Records CUDA graphs, which share their memory: only one is replayed at a time."""
+
+    def __init__(self) -> None:
+        self._memory = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads load adapters meanwhile.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            out = run()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+
+class Shape(NamedTuple):
+    """What a graph is recorded for: `rows` decodes whose contexts are cut into `ranges` together.
+
+    `low_rank` is None where no adapter acts, else for adapters at the first `linears` of the sites that are used.
+    """
+
+    rows: int
+    ranges: int
+    low_rank: LowRankCapacity | None
+    linears: int
+
+
+class StaticStep:
+    """What a recorded step reads, written anew for each batch: ids, positions and `is_long` [rows], and its plans.
+
+    Rows that a batch has not are decodes of a single token in a block that nobody else has.
+    """
+
+    def __init__(
+        self, shape: Shape, pool: AdapterPool, *, block_size: int, scratch_block: int, device: torch.device
+    ) -> None:
+        self._rows = shape.rows
+        self._nobody = (scratch_block,)
+        self._inputs = torch.zeros(3, shape.rows, dtype=torch.int64, device=device)
+        self.token_ids, self.positions, self.is_long = self._inputs
+        capacity = AttentionCapacity.of_decodes(shape.rows, shape.ranges, block_size)
+        self.attention = AttentionPlan(self._filled([]), block_size, device, capacity, triton=True)
+        self.deltas: StaticPlans | None = None
+        if shape.low_rank is not None:
+            self.deltas = StaticPlans(pool, pool.linears_used[: shape.linears], shape.low_rank, device)
+
+    def write(self, layout: Layout, is_long: Sequence[bool]) -> None:
+        """On the current stream and without waiting."""
+        inputs = torch.zeros(3, self._rows, dtype=torch.int64, pin_memory=self._inputs.is_cuda)
+        inputs[:, : len(layout.rows)] = torch.tensor([layout.token_ids, layout.positions, is_long])
+        self._inputs.copy_(inputs, non_blocking=True)
+        self.attention.rewrite(self._filled(layout.rows))
+        if self.deltas is not None:
+            self.deltas.write(layout.segments)
+
+    def _filled(self, rows: Sequence[AttentionRow]) -> list[AttentionRow]:
+        return [*rows, *(AttentionRow(i, i + 1, 1, self._nobody) for i in range(len(rows), self._rows))]
+
+
+class DecodeGraphs:
+    """The recorded steps of a runner, whose `compute` gives logits [rows, V] of a static step."""
+
+    def __init__(
+        self,
+        record: Record,
+        compute: Callable[[StaticStep], Tensor],
+        new_step: Callable[[Shape], StaticStep],
+        pool: AdapterPool,
+    ) -> None:
+        self._record, self._compute, self._new_step, self._pool = record, compute, new_step, pool
+        self._seen: Counter[Shape] = Counter()
+        self._refused: set[Shape] = set()
+        self._kept: OrderedDict[Shape, tuple[StaticStep, Callable[[], Tensor]]] = OrderedDict()
+
+    def run(self, layout: Layout, is_long: Sequence[bool]) -> Tensor | None:
+        """The batch's logits; None where it is not of decodes alone, or its shape has no graph."""
+        shape = shape_of(layout, self._pool)
+        if shape is None or shape in self._refused:
+            return None
+        if shape not in self._kept:
+            self._seen[shape] += 1
+            if self._seen[shape] <= SEEN_BEFORE or not self._make(shape, layout, is_long):
+                return None
+        self._kept.move_to_end(shape)
+        step, replay = self._kept[shape]
+        step.write(layout, is_long)
+        return replay()[: len(layout.rows)]
+
+    def _make(self, shape: Shape, layout: Layout, is_long: Sequence[bool]) -> bool:
+        """Records the batch's step; False where that does not work: such batches are computed without a graph then."""
+        began = time.monotonic()
+        step = self._new_step(shape)
+        step.write(layout, is_long)
+        try:
+            self._compute(step)  # compiles kernels, which must not happen in a recording
+            self._kept[shape] = step, self._record(lambda: self._compute(step))
+        except RuntimeError as error:
+            self._refused.add(shape)
+            log.warning("no graph of decode steps", extra={"shape": str(shape), "reason": str(error)})
+            return False
+        if len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        seconds = round(time.monotonic() - began, 3)
+        log.info("recorded a graph of decode steps", extra={"shape": str(shape), "seconds": seconds})
+        return True
+
+
+def shape_of(layout: Layout, pool: AdapterPool) -> Shape | None:
+    """The smallest shape that holds the batch; None where it is not of decodes alone, or changes an embedding."""
+    rows = len(layout.rows)
+    if not rows or len(layout.token_ids) != rows or len(layout.sampled) != rows or layout.scored:
+        return None
+    if any(pool.embeds(segment.slot) for segment in layout.segments):
+        return None
+    size = _round_rows(rows)
+    ranges = sum(decode_ranges(row.context) for row in layout.rows) + size - rows
+    low_rank = _low_rank(layout.segments, size, pool)
+    linears = len(pool.linears_used) if low_rank else 0
+    return Shape(size, _round_up(ranges, least=size), low_rank, linears)
+
+
+def _low_rank(segments: Sequence[SlotSegment], rows: int, pool: AdapterPool) -> LowRankCapacity | None:
+    rank = max((pool.rank_of(segment.slot) for segment in segments), default=0)
+    if not rank:
+        return None
+    longest = max(segment.end - segment.start for segment in segments)
+    return LowRankCapacity(rows, _round_up(rank, least=LEAST_RANK), low_rank_family(longest))
+
+
+def _round_rows(rows: int) -> int:
+    """1, 2, 4, 8, 16, 24, 32, ..: at most 8 rows are computed for nobody."""
+    return _round_up(rows, least=1) if rows <= 8 else -(-rows // 8) * 8
+
+
+def _round_up(count: int, *, least: int) -> int:
+    """`least` times a power of two."""
+    while least < count:
+        least *= 2
+    return least

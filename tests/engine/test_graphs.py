@@ -1,0 +1,146 @@
+"""Which steps are recorded, for which shapes, and what comes of a recording that fails."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from chorus.adapters.pool import SlotSegment
+from chorus.engine import graphs
+from chorus.engine.graphs import SEEN_BEFORE, DecodeGraphs, Shape, shape_of
+from chorus.engine.layout import Layout, lay_out
+from chorus.engine.messages import Sampling
+from chorus.engine.schedule import Chunk
+from chorus.engine.sequence import Sequence
+from chorus.kernels import LowRankCapacity, low_rank_family
+
+ROWS = low_rank_family(1)
+
+
+class Pool:
+    """What shapes are made of: adapters of rank 8 and 40 in slots 0 and 1, one of an embedding in slot 2."""
+
+    linears_used = ("q", "v")
+
+    def rank_of(self, slot: int) -> int:
+        return (8, 40, 8)[slot]
+
+    def embeds(self, slot: int) -> bool:
+        return slot == 2
+
+
+POOL: Any = Pool()
+
+
+def layout(*rows: tuple[int, int], prompt: int = 0) -> Layout:
+    """Decodes of (context, slot), and a prompt's chunk of so many tokens."""
+    chunks = []
+    for i, (context, slot) in enumerate(rows):
+        seq = Sequence(i, tuple(range(context)), Sampling(max_tokens=4), computed=context - 1, slot=slot)
+        seq.blocks = list(range(-(-context // 16)))
+        chunks.append(Chunk(seq, context - 1, 1, samples=True))
+    if prompt:
+        seq = Sequence(99, tuple(range(prompt)), Sampling(max_tokens=4))
+        seq.blocks = list(range(-(-prompt // 16)))
+        chunks.append(Chunk(seq, 0, prompt, samples=True))
+    return lay_out(chunks)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape"),
+    [
+        ([(1, -1)], (1, 1)),
+        ([(1, -1)] * 3, (4, 4)),
+        ([(1, -1)] * 9, (16, 16)),
+        ([(1, -1)] * 17, (24, 24)),
+        ([(512, -1)], (1, 1)),
+        ([(513, -1)], (1, 2)),
+        ([(5000, -1), (1, -1), (1, -1)], (4, 16)),
+    ],
+)
+def test_a_shape_is_the_smallest_that_holds_the_batch(rows: list[tuple[int, int]], shape: tuple[int, int]) -> None:
+    assert shape_of(layout(*rows), POOL) == Shape(*shape, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "capacity"),
+    [
+        ([(9, 0), (9, -1)], LowRankCapacity(2, 16, ROWS)),
+        ([(9, 0), (9, 1)], LowRankCapacity(2, 64, ROWS)),
+        ([(9, 0)] * 3, LowRankCapacity(4, 16, low_rank_family(3))),
+    ],
+    ids=["one adapter", "the larger rank", "rows of one adapter"],
+)
+def test_a_batch_with_adapters_has_another_shape(rows: list[tuple[int, int]], capacity: LowRankCapacity) -> None:
+    shape = shape_of(layout(*rows), POOL)
+    assert shape is not None
+    assert (shape.low_rank, shape.linears) == (capacity, 2)
+
+
+def test_prompts_and_embeddings_have_none() -> None:
+    assert shape_of(layout((9, -1), prompt=7), POOL) is None
+    assert shape_of(layout((9, 2)), POOL) is None
+    assert shape_of(lay_out([]), POOL) is None
+
+
+class Recorded:
+    """Graphs whose steps and recordings only say that they were there."""
+
+    def __init__(self, record: Callable[[Callable[[], Tensor]], Callable[[], Tensor]]) -> None:
+        self.written: list[tuple[SlotSegment, ...]] = []
+        self.made: list[Shape] = []
+        self.graphs = DecodeGraphs(record, lambda _: torch.zeros(0), self.step, POOL)
+
+    def step(self, shape: Shape) -> Any:
+        self.made.append(shape)
+        return self
+
+    def write(self, layout: Layout, is_long: object) -> None:
+        self.written.append(layout.segments)
+
+    def run(self, layout: Layout) -> Tensor | None:
+        return self.graphs.run(layout, [False] * len(layout.rows))
+
+
+def ones(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return lambda: torch.ones(8, 2)
+
+
+def test_a_shape_is_recorded_once_it_has_come_back_often_enough_and_replayed_from_then_on() -> None:
+    recorded = Recorded(ones)
+    batch = layout((9, -1), (9, -1), (9, -1))
+    assert [recorded.run(batch) for _ in range(SEEN_BEFORE)] == [None] * SEEN_BEFORE
+    for _ in range(3):
+        logits = recorded.run(batch)
+        assert logits is not None
+        assert logits.shape == (3, 2)
+    assert recorded.made == [Shape(4, 4, None, 0)]
+    assert len(recorded.written) == 1 + 3
+
+
+def test_what_can_not_be_recorded_is_said_once_and_computed_without(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        raise RuntimeError("an operator waits for the device")
+
+    recorded = Recorded(refuse)
+    assert [recorded.run(layout((9, -1))) for _ in range(SEEN_BEFORE + 3)] == [None] * (SEEN_BEFORE + 3)
+    assert len(recorded.made) == 1
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "no graph of decode steps"
+    ]
+
+
+def test_the_shape_that_was_replayed_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "KEPT", 2)
+    recorded = Recorded(ones)
+    one, two, four = (layout(*[(1, -1)] * rows) for rows in (1, 2, 4))
+    for batch in (one, two, one, four):
+        for _ in range(SEEN_BEFORE + 1):
+            recorded.run(batch)
+    assert [shape.rows for shape in recorded.made] == [1, 2, 4]
+    recorded.run(one)
+    assert [shape.rows for shape in recorded.made] == [1, 2, 4]
+    recorded.run(two)
+    assert [shape.rows for shape in recorded.made] == [1, 2, 4, 2]

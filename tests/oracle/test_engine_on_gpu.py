@@ -1,0 +1,69 @@
+"""The engine on a GPU: decode steps replayed as CUDA graphs give the tokens of peft alone, and no step waits."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chorus.engine import graphs
+from chorus.engine import messages as m
+from chorus.engine.graphs import CudaGraphs
+from chorus.engine.runner import Runner
+from support.engines import make_engine, reference, run
+from support.tiny import VOCAB, save_adapter, save_base, solo_greedy
+
+pytestmark = pytest.mark.gpu
+
+NEW_TOKENS = 12
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3-longrope", "gpt2"])
+def test_rows_of_replayed_steps_equal_the_solo_run(tmp_path: Path, family: str) -> None:
+    base = save_base(tmp_path / "base", family)
+    adapters = [None, save_adapter(base, tmp_path / "a", 1, r=4), save_adapter(base, tmp_path / "b", 2, r=40)]
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in (14, 5, 19, 30, 9, 11)]
+    sampling = m.Sampling(NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    arrivals: dict[int, list[m.Command]] = {}
+    for i, prompt in enumerate(prompts):
+        folder = adapters[i % 3]
+        submit = m.Submit(i, tuple(prompt), sampling, reference(base, folder) if folder else None)
+        arrivals.setdefault(3 * i, []).append(submit)
+    engine = make_engine(base, block_size=16, max_step_tokens=64, device="cuda", record=CudaGraphs())
+    got = run(engine, arrivals)
+    for i, prompt in enumerate(prompts):
+        tokens, gap = solo_greedy(base, adapters[i % 3], prompt, NEW_TOKENS)
+        assert gap > 1e-4
+        assert got.tokens[i] == tokens
+
+
+def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts and decodes, recorded or not; what was drawn is read after the forward pass."""
+    forward, replays = Runner.forward, list[torch.Tensor]()
+    recorded = graphs.DecodeGraphs.run
+
+    def without_waiting(self: Runner, layout: Any) -> torch.Tensor:
+        if len(replays) < 2:  # compiling and recording may wait
+            return forward(self, layout)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return forward(self, layout)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def noted(self: graphs.DecodeGraphs, *batch: Any) -> torch.Tensor | None:
+        logits = recorded(self, *batch)
+        if logits is not None:
+            replays.append(logits)
+        return logits
+
+    monkeypatch.setattr(Runner, "forward", without_waiting)
+    monkeypatch.setattr(graphs.DecodeGraphs, "run", noted)
+    base = save_base(tmp_path / "base", "llama")
+    adapter = reference(base, save_adapter(base, tmp_path / "a", 1, r=4))
+    sampling = m.Sampling(30, temperature=0.0, ignore_eos=True)
+    submits: list[m.Command] = [m.Submit(i, tuple(range(3, 20 + i)), sampling, adapter) for i in range(4)]
+    engine = make_engine(base, block_size=16, max_step_tokens=64, device="cuda", record=CudaGraphs())
+    run(engine, {0: submits[:2], 20: submits[2:]})
+    assert len(replays) > 20
