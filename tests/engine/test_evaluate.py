@@ -14,7 +14,7 @@ from chorus.engine.runner import Runner
 from chorus.engine.sampler import NOT_FINITE
 from chorus.engine.schedule import Chunk
 from chorus.engine.sequence import Sequence
-from support.engines import Run, make_engine, reference, run
+from support.engines import Run, hold, make_engine, reference, run
 from support.tiny import VOCAB, solo_logits
 from support.worlds import TinyWorld
 
@@ -70,6 +70,7 @@ def assert_tells(found: m.TokenLogprob, row: torch.Tensor, token: int, k: int | 
 @pytest.mark.parametrize("kv_blocks", [1024, 40], ids=["room", "preempted"])
 def test_log_probabilities_in_a_mixed_batch_are_those_of_solo_runs(requests: Requests, kv_blocks: int) -> None:
     engine = make_engine(requests.base, kv_blocks=kv_blocks)
+    hold(engine, (submit.adapter for submit in requests.submits))
     got: Run = run(engine, {i // 2: list(requests.submits[i : i + 2]) for i in range(0, len(requests.submits), 2)})
     assert got.most_adapters > 1
     assert (got.preemptions > 0) == (kv_blocks == 40)

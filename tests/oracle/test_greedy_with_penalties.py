@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from chorus.engine import messages as m
-from support.engines import make_engine, reference, run
+from support.engines import hold, make_engine, reference, run
 from support.reference_sampler import adjusted
 from support.tiny import VOCAB, solo_logits
 from support.worlds import TinyWorld
@@ -39,7 +39,9 @@ def test_each_token_is_the_likeliest_of_what_solo_logits_become(world: TinyWorld
         prompt = tuple(torch.randint(3, VOCAB, (10 + 3 * i,), generator=generator).tolist())
         sampling = m.Sampling(max_tokens=NEW, temperature=0.0, **asked)
         submits.append(m.Submit(i, prompt, sampling, reference(world.base, folder) if folder else None))
-    got = run(make_engine(world.base, kv_blocks=kv_blocks), {0: [*submits]})
+    engine = make_engine(world.base, kv_blocks=kv_blocks)
+    hold(engine, (submit.adapter for submit in submits))
+    got = run(engine, {0: [*submits]})
     assert (got.preemptions > 0) == (kv_blocks == 40)
     differ = 0
     for submit in submits:

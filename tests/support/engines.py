@@ -1,6 +1,6 @@
 """Engines for tests: small budgets, driven by hand."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,6 +71,15 @@ def make_engine(
         record=record,
         on_ready=wake,
     )
+
+
+def hold(engine: Engine, adapters: Iterable[m.AdapterRef | None]) -> None:
+    """Puts them on the device, so that those who ask for them start in the step that they come in."""
+    wanted = {adapter for adapter in adapters if adapter}
+    engine.step([m.Load(adapter) for adapter in wanted])
+    while not all(engine.residency.on_device(adapter.digest) for adapter in wanted):
+        engine.residency.wait(1.0)
+        engine.step([])
 
 
 def run(

@@ -8,9 +8,8 @@ import torch
 
 from chorus.engine import graphs
 from chorus.engine import messages as m
-from chorus.engine.engine import Engine
 from kernels.interpreter.test_engine import ASKED_ON_CUDA
-from support.engines import make_engine, reference, run
+from support.engines import hold, make_engine, reference, run
 from support.tape import Tape
 from support.tiny import VOCAB, save_adapter, save_base, solo_greedy
 
@@ -38,18 +37,10 @@ def test_replays_of_a_recording_serve_batches_of_other_tenants(
         arrivals.setdefault(step, []).append(submit)
     tape = Tape()
     engine = make_engine(base, block_size=8, max_step_tokens=64, record=tape)
-    hold_all(engine, [reference(base, folder) for folder in adapters if folder])
+    hold(engine, [reference(base, folder) for folder in adapters if folder])
     got = run(engine, arrivals)
     for i, (prompt, (_, new, which, _)) in enumerate(zip(prompts, REQUESTS, strict=True)):
         tokens, gap = solo_greedy(base, adapters[which], prompt, new)
         assert gap > 1e-4
         assert got.tokens[i] == tokens
     assert (tape.recorded, tape.replayed) == (2, 6)
-
-
-def hold_all(engine: Engine, adapters: list[m.AdapterRef]) -> None:
-    """Puts them on the device, so that all requests start in the step that they come in."""
-    engine.step([m.Load(adapter) for adapter in adapters])
-    while not all(engine.residency.on_device(adapter.digest) for adapter in adapters):
-        engine.residency.wait(1.0)
-        engine.step([])
