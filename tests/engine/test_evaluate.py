@@ -67,13 +67,13 @@ def assert_tells(found: m.TokenLogprob, row: torch.Tensor, token: int, k: int | 
     )
 
 
-@pytest.mark.parametrize("kv_blocks", [1024, 40], ids=["room", "preempted"])
+@pytest.mark.parametrize("kv_blocks", [1024, 34], ids=["room", "preempted"])
 def test_log_probabilities_in_a_mixed_batch_are_those_of_solo_runs(requests: Requests, kv_blocks: int) -> None:
     engine = make_engine(requests.base, kv_blocks=kv_blocks)
     hold(engine, (submit.adapter for submit in requests.submits))
     got: Run = run(engine, {i // 2: list(requests.submits[i : i + 2]) for i in range(0, len(requests.submits), 2)})
     assert got.most_adapters > 1
-    assert (got.preemptions > 0) == (kv_blocks == 40)
+    assert (got.preemptions > 0) == (kv_blocks == 34)
     for i, submit in enumerate(requests.submits):
         rows = requests.logprobs(i, got.tokens[i])
         start, asked = submit.sampling.prompt_logprobs_from, submit.sampling
