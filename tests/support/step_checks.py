@@ -122,16 +122,19 @@ class StepChecks:
 
     def check_urgent(self, schedule: Schedule) -> None:
         """Who is in turn waits for a row or pages only where those no less important leave none, or by a bound."""
-        able = [e for e in self.waiting() if not self.leaders(e)]
+        queue = sorted(self.waiting(), key=lambda e: (e.seq.priority, not e.seq.started, e.seq.ticket))
+        able = [e for e in queue if not self.leaders(e)]
         if not able or self.limits.bound is not None:
             return
-        first = min(able, key=lambda e: (e.seq.priority, not e.seq.started, e.seq.ticket))
+        first = able[0]
         before = [c for c in schedule.chunks if c.count == 1 or c.seq.priority <= first.seq.priority]
         if first.seq in schedule.preempted or sum(chunk.count for chunk in before) >= self.limits.budget:
             return
         above = [e.seq for e in self.model.live.values() if e.seq.blocks and e.seq.priority <= first.seq.priority]
         used = len({block for seq in above for block in seq.blocks})
-        has_pages = used + self.pool.blocks_for(first.total) + len(above) <= self.pool.num_blocks
+        # Who is before it and seems to wait for another's pages may have found them, and lack others.
+        in_turn = [*queue[: queue.index(first)], first]
+        has_pages = all(used + self.pool.blocks_for(e.total) + len(above) <= self.pool.num_blocks for e in in_turn)
         assert len(above) == min(self.limits.rows, self.limits.budget) or not has_pages
 
     def waiting(self) -> list[Expected]:
