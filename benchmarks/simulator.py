@@ -34,7 +34,7 @@ from loads.open_loop import TENANT, adapter_name, replay
 from loads.tiers import TOKENS_IN, first_token_ms
 from loads.trace import BASE, Workload
 
-RANK, BLOCK_SIZE = 8, 32
+RANK, BLOCK_SIZE, WARM_UP_S = 8, 32, 2.0
 # The embedded base's on two CPU cores, one thread a step.
 COST = Cost(StepFeatures(0.0036, 0.002, 0.00015, 0.0004, 0.00004, 0.004, 0.003), load=0.02, overhead=0.003)
 COMPARED = ("requests_s", "output_tokens_s", "step_mean", "first_token_p50", "first_token_p99", "inter_token_mean")
@@ -114,10 +114,15 @@ def workload_of(arguments: argparse.Namespace) -> Workload:
     )
 
 
-def simulate(workload: Workload, limits: Limits, cost: Cost, shared: int = 0) -> dict[str, Any]:
-    """The figures that a client would report, and what the engine did for them."""
+def simulate(
+    workload: Workload, limits: Limits, cost: Cost, shared: int = 0, warm_up: Workload | None = None
+) -> dict[str, Any]:
+    """The figures that a client would report, and what the engine did for them, after a `warm_up`."""
     began = time.perf_counter()
-    report = Simulation(limits, cost).run(requests_of(workload, shared))
+    simulation = Simulation(limits, cost)
+    if warm_up:
+        simulation.run(requests_of(warm_up))
+    report = simulation.run(requests_of(workload, shared))
     return {
         **figures(outcomes_of(report)),
         "steps": report.steps,
@@ -161,7 +166,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         max_rows=arguments.max_rows,
         context_length=memory.context_length,
     )
-    predicted = simulate(workload, limits, cost)
+    predicted = simulate(workload, limits, cost, warm_up=warm_up_of(workload))
     print(f"cost: {json.dumps(asdict(cost))}", file=sys.stderr)
     print(f"{'':18} {'predicted':>10} {'measured':>10} {'ratio':>7}", file=sys.stderr)
     for figure in COMPARED:
@@ -180,6 +185,11 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
+def warm_up_of(workload: Workload) -> Workload:
+    """What the server has answered before it is measured, and the simulated one too."""
+    return replace(workload, duration=WARM_UP_S, rate=min(workload.rate, 10.0))
+
+
 async def _live(
     arguments: argparse.Namespace, workload: Workload, shape: dict[str, int], folder: Path
 ) -> tuple[dict[str, Any], float]:
@@ -193,8 +203,7 @@ async def _live(
             vocabulary = shape["vocab_size"]
             idle = await first_token_ms(client, server.state_dir, [], vocabulary)
             others = Others()
-            warm_up = replace(workload, duration=2.0, rate=min(workload.rate, 10.0))
-            await replay(client, warm_up.arrivals(), vocabulary)
+            await replay(client, warm_up_of(workload).arrivals(), vocabulary)
             before = step_seconds(server.metrics)
             measured = figures(await replay(client, workload.arrivals(), vocabulary))
             spent, steps = (b - a for a, b in zip(before, step_seconds(server.metrics), strict=True))

@@ -1,9 +1,15 @@
-"""A cost model of this machine's steps: the engine runs small batches of many shapes, and a line is fitted."""
+"""A cost model of this machine's steps: the engine runs small batches of many shapes, and a line is fitted.
+
+The line is that of steps whose number of tokens was seen before; what the first ones of their size take longer is a
+figure of its own.
+"""
 
 import statistics
 from collections.abc import Sequence
+from operator import mul
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,7 +26,7 @@ from loads.distinct import write_adapter
 ROWS = (1, 4, 16, 32, 64)
 ADAPTERS = (0, 1, 4, 16, 32)
 PROMPT, NEW = (8, 128), (8, 64)
-WARM_UP, STEPS = 10, 70
+STEPS = 70
 
 
 def calibrate(config: ServerConfig, shape: dict[str, int], folder: Path, ranks: list[int]) -> tuple[Cost, MemoryPlan]:
@@ -28,11 +34,15 @@ def calibrate(config: ServerConfig, shape: dict[str, int], folder: Path, ranks: 
     engine, base, memory = alone(config)
     folders = [write_adapter(shape, folder / str(i), i, ranks) for i in range(max(ADAPTERS))]
     refs, loaded = load_adapters(engine, base, folders)
-    steps = [step for rows in ROWS for n in ADAPTERS if n <= rows for step in _run(engine, rows, refs[:n])]
+    sizes: set[int] = set()
+    steps = [step for rows in ROWS for n in ADAPTERS if n <= rows for step in _run(engine, rows, refs[:n], sizes)]
     engine.close()
     load = statistics.median(sum(spent for _, spent in event.seconds_by_stage) for event in loaded)
-    features, seconds = zip(*steps, strict=True)
-    return Cost(fit(features, seconds), load=load), memory
+    line = fit(
+        [step.features for step in steps if not step.is_new], [step.seconds for step in steps if not step.is_new]
+    )
+    longer = [step.seconds - sum(map(mul, line, step.features)) for step in steps if step.is_new]
+    return Cost(line, load=load, new_size=max(statistics.median(longer), 0.0)), memory
 
 
 def fit(features: Sequence[StepFeatures], seconds: Sequence[float]) -> StepFeatures:
@@ -49,7 +59,15 @@ def fit(features: Sequence[StepFeatures], seconds: Sequence[float]) -> StepFeatu
     return StepFeatures(*(found.get(column, 0.0) for column in range(x.shape[1])))
 
 
-def _run(engine: Engine, rows: int, adapters: list[m.AdapterRef]) -> list[tuple[StepFeatures, float]]:
+class Step(NamedTuple):
+    """One that ran; `is_new` if none before had as many tokens."""
+
+    features: StepFeatures
+    seconds: float
+    is_new: bool
+
+
+def _run(engine: Engine, rows: int, adapters: list[m.AdapterRef], sizes: set[int]) -> list[Step]:
     """Steps with so many requests under way; who ends is followed by another, so batches change as in real traffic."""
     random = Random(f"{rows} {len(adapters)}")
 
@@ -60,7 +78,7 @@ def _run(engine: Engine, rows: int, adapters: list[m.AdapterRef]) -> list[tuple[
 
     features = _recorded(engine)
     commands = [submit(i) for i in range(rows)]
-    steps: list[tuple[StepFeatures, float]] = []
+    steps: list[Step] = []
     added, ended = rows, 0
     while ended < added:
         step = engine.step(commands)
@@ -70,19 +88,21 @@ def _run(engine: Engine, rows: int, adapters: list[m.AdapterRef]) -> list[tuple[
         commands = [submit(added + i) for i in range(refill)]
         added += refill
         if features:
-            steps.append((features.pop(), step.stats.seconds))
-    return steps[WARM_UP:STEPS]
+            described, tokens = features.pop()
+            steps.append(Step(described, step.stats.seconds, tokens not in sizes))
+            sizes.add(tokens)
+    return steps[:STEPS]
 
 
-def _recorded(engine: Engine) -> list[StepFeatures]:
-    """What the scheduler decides from now on is described in this list."""
-    features: list[StepFeatures] = []
+def _recorded(engine: Engine) -> list[tuple[StepFeatures, int]]:
+    """What the scheduler decides from now on is described in this list, with its tokens."""
+    features: list[tuple[StepFeatures, int]] = []
     decide = Scheduler.schedule
 
     def schedule(now: float) -> Schedule:
         decided = decide(engine.scheduler, now)
         if decided.chunks:
-            features.append(StepFeatures.of(decided))
+            features.append((StepFeatures.of(decided), decided.work().tokens))
         return decided
 
     setattr(engine.scheduler, "schedule", schedule)  # noqa: B010 - a method is not assigned to

@@ -123,3 +123,17 @@ def test_under_overload_by_many_adapters_the_rare_one_is_served_in_bounded_time(
     assert answer.finished is not None
     # All that came before it, and the adapters' turns on the device.
     assert answer.finished < 2.0 + before * 8 * STEP + 10 * 0.5 + 5.0
+
+
+def test_the_first_step_of_a_size_takes_longer_once() -> None:
+    cost = Cost(COST.step, new_size=0.1)
+    simulation = Simulation(SMALL, cost, check=True)
+    first, second = (simulation.run([SimulatedRequest(0.0, prompt=10, new=3)]).seconds for _ in range(2))
+    assert first == pytest.approx(3 * STEP + 10 * 0.001 + 2 * 0.1)  # of 10 tokens, and of 1
+    assert second == pytest.approx(3 * STEP + 10 * 0.001)
+
+
+def test_a_second_run_finds_the_adapters_of_the_first() -> None:
+    simulation = Simulation(SMALL, COST, check=True)
+    requests = [SimulatedRequest(0.0, 4, 2, adapter(0))]
+    assert [simulation.run(requests).answers[0].waited_for_adapter for _ in range(2)] == [True, False]

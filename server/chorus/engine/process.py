@@ -24,7 +24,8 @@ from chorus import logs
 from chorus.config import ServerConfig
 from chorus.errors import ChorusError
 
-log = logging.getLogger(__name__)
+# By name: as a process it is __main__.
+log = logging.getLogger("chorus.engine.process")
 
 EXIT_DIED = 70
 _PIECE = 1 << 16

@@ -46,13 +46,15 @@ class StepFeatures(NamedTuple):
 class Cost:
     """Seconds: of a step, for each of its features, in their order; of a load, and for each of the adapter's bytes.
 
-    `overhead` is what lies around the engine: it is added to every token.
+    `new_size` is what the first step of so many tokens takes longer: on a CPU oneDNN makes code for every shape that it
+    has not seen. `overhead` is what lies around the engine: it is added to every token.
     """
 
     step: StepFeatures
     load: float = 0.0
     load_byte: float = 0.0
     overhead: float = 0.0
+    new_size: float = 0.0
 
     def seconds(self, schedule: Schedule) -> float:
         return float(sum(map(mul, self.step, StepFeatures.of(schedule))))
@@ -126,6 +128,10 @@ class SimulatedLoaders(Executor):
             self._loading.remove(load)
             load[1].set_result(load[2](*load[3]))
         self._start()
+
+    def restart(self) -> None:
+        """The clock is at 0 again. Nothing is under way."""
+        self._now, self._free_at = 0.0, [0.0] * len(self._free_at)
 
     def next_end(self) -> float:
         """When the next load ends; infinity if none is under way."""

@@ -90,6 +90,8 @@ class Simulation:
     def __init__(self, limits: Limits, cost: Cost, *, check: bool = False) -> None:
         self._cost = cost
         self._check = check
+        self._sizes: set[int] = set()
+        self._requests = 0
         self._adapters: dict[str, SimulatedAdapter] = {}
         self._pool = SimulatedPool(limits.adapter_bytes)
         self._loaders = SimulatedLoaders(lambda name: cost.load + cost.load_byte * self._adapters[name].size)
@@ -105,9 +107,11 @@ class Simulation:
         )
 
     def run(self, requests: Sequence[SimulatedRequest]) -> Report:
-        """Replays requests, sorted by time, until all are over."""
+        """Replays requests, sorted by time, until all are over. A second run finds the adapters of the first."""
         report = Report([Answer(request) for request in requests])
         now, arrived = 0.0, 0
+        evictions, loads = self._residency.evictions, self._pool.loads
+        self._loaders.restart()
         while arrived < len(requests) or self._scheduler.running or self._scheduler.waiting:
             while arrived < len(requests) and requests[arrived].at <= now:
                 self._add(arrived, report.answers[arrived], now)
@@ -119,12 +123,20 @@ class Simulation:
                 waits = now + IDLE_WAIT_S if self._scheduler.waiting else float("inf")
                 now = min(next_arrival, max(self._loaders.next_end(), now), waits)
                 continue
-            seconds = self._cost.seconds(schedule)
+            seconds = self._seconds(schedule)
             now += seconds
             report.busy += seconds
             self._book(schedule, now, report)
-        report.seconds, report.evictions, report.loads = now, self._residency.evictions, self._pool.loads
+        report.seconds = now
+        report.evictions, report.loads = self._residency.evictions - evictions, self._pool.loads - loads
         return report
+
+    def _seconds(self, schedule: Schedule) -> float:
+        """What the step takes, more if it is the first of its size."""
+        tokens = schedule.work().tokens
+        is_new = tokens not in self._sizes
+        self._sizes.add(tokens)
+        return self._cost.seconds(schedule) + is_new * self._cost.new_size
 
     def _add(self, index: int, answer: Answer, now: float) -> None:
         request = answer.request
@@ -132,8 +144,9 @@ class Simulation:
         if request.adapter:
             self._adapters[request.adapter.name] = request.adapter
             ref = AdapterRef(request.adapter.name, "")
-        # Its own number is the rest of its prompt, so that no two share more.
-        prompt = (SHARED,) * request.shared + (index,) * (request.prompt - request.shared)
+        # Its own number, like nobody's before, is the rest of its prompt, so that no two share more.
+        self._requests += 1
+        prompt = (SHARED,) * request.shared + (self._requests,) * (request.prompt - request.shared)
         submit = Submit(index, prompt, Sampling(request.new, ignore_eos=True), ref, priority=request.priority)
         try:
             self._scheduler.add(outputs_of(submit, now), now)

@@ -45,7 +45,9 @@ def serve(config: ServerConfig, *, on_ready: Callable[["Endpoints", "MemoryPlan"
 
     engine = EngineProcess(config)
     try:
-        # What is slow to import is imported while the engine loads.
+        # What is slow to import is imported while the engine loads; transformers' models alone take 2 s.
+        import chorus.models.checkpoint
+        import chorus.models.tokenizer
         import chorus.services.assembly  # noqa: F401
 
         ready = engine.load()
