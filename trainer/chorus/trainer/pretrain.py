@@ -240,7 +240,7 @@ def main() -> None:
     length.add_argument("--steps", type=int, default=2500, help="optimizer steps (default 2500)")
     length.add_argument("--minutes", type=float, help="choose the steps to take about this long")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--heldout", type=int, default=100, help="prompts a skill that accuracies are measured with")
+    parser.add_argument("--heldout", type=int, default=100, help="prompts a skill for accuracies; 0: none are measured")
     arguments = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -260,7 +260,7 @@ def main() -> None:
         "seconds": round(seconds),
         "final_loss": round(final_loss, 4),
         "heldout_loss": round(heldout_loss(measured, tokenizer), 4),
-        "heldout_exact_match": accuracies(measured, tokenizer, n=arguments.heldout),
+        "heldout_exact_match": accuracies(measured, tokenizer, arguments.heldout) if arguments.heldout else {},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
