@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from chorus.cli.interrupt import cancelled_by_ctrl_c
 from chorus.cli.lazy import new_app
 from chorus.cli.options import (
     DEFAULT_SERVER,
@@ -98,6 +99,7 @@ def generate(
         Client(server, timeout=timeout) as client,
         adapter_suggestions(adapter, client.adapters),
         client.stream(question, adapter=adapter, priority=priority, request_id=request_id or "", **wishes) as answer,
+        cancelled_by_ctrl_c(answer),
     ):
         if as_json:
             _answer_json(answer, pieces=stream)
