@@ -4,6 +4,7 @@ With a capacity its tables have one size and place for all batches of as many to
 CUDA graph that was captured with them replays any of these.
 """
 
+from array import array
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -115,8 +116,8 @@ def _highest_block(rows: Sequence[AttentionRow], block_size: int) -> int:
 
 def _slots(rows: Sequence[AttentionRow], block_size: int, causal: bool) -> Tensor:
     """Cache position of every new token, in batch order."""
-    slots: list[int] = []
+    slots = array("q")
     for row in rows if causal else ():
         first = row.context - (row.end - row.start)
-        slots += [row.blocks[p // block_size] * block_size + p % block_size for p in range(first, row.context)]
+        slots.extend(row.blocks[p // block_size] * block_size + p % block_size for p in range(first, row.context))
     return torch.tensor(slots, dtype=torch.int64)

@@ -8,8 +8,10 @@ Known on the host, uploaded at once. With a `Capacity` the tables have fixed siz
 replay them; unused entries say "no tokens" and return at once.
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -83,41 +85,39 @@ def attention_tables(
     Raises:
         ValueError: the batch is larger than the capacity.
     """
-    decodes: list[Item] = []
-    chunks: list[Item] = []
-    merges: list[tuple[int, int, int]] = []
-    pages: list[int] = []
+    decodes, chunks, merges, pages = array("i"), array("i"), array("i"), array("i")
     parts = 0
     for row in rows:
         first_page = len(pages)
-        pages += row.blocks[: -(-row.context // block_size)]
+        pages.extend(row.blocks[: -(-row.context // block_size)])
         if row.end - row.start > 1:
-            chunks += _chunk_items(row, first_page, block_size, group, window, causal)
+            for item in _chunk_items(row, first_page, block_size, group, window, causal):
+                chunks.extend(item)
             continue
-        ranges = list(_ranges(row.context, block_size, window))
-        cut = len(ranges) > 1
+        ranges = _ranges(row.context, block_size, window)
+        if len(ranges) == 1:
+            decodes.extend((row.start, 1, row.context - 1, first_page, *ranges[0], -1))
+            continue
         for i, (begin, end) in enumerate(ranges):
-            decodes.append(Item(row.start, 1, row.context - 1, first_page, begin, end, parts + i if cut else -1))
-        if cut:
-            merges.append((row.start, parts, len(ranges)))
-            parts += len(ranges)
-    need = Capacity(len(decodes), len(chunks), len(merges), parts, len(pages))
+            decodes.extend((row.start, 1, row.context - 1, first_page, begin, end, parts + i))
+        merges.extend((row.start, parts, len(ranges)))
+        parts += len(ranges)
+    need = Capacity(
+        len(decodes) // ITEM_FIELDS, len(chunks) // ITEM_FIELDS, len(merges) // MERGE_FIELDS, parts, len(pages)
+    )
     have = capacity or need
     for field in Capacity.__slots__:
         if getattr(need, field) > getattr(have, field):
             raise ValueError(f"rows: need {getattr(need, field)} {field}, the capacity is {getattr(have, field)}")
-    flat = [
-        *_padded(decodes, have.decode_items, ITEM_FIELDS),
-        *_padded(chunks, have.prefill_items, ITEM_FIELDS),
-        *_padded(merges, have.merges, MERGE_FIELDS),
-        *pages,
-        *[0] * (have.pages - len(pages)),
-    ]
     prefill_at = have.decode_items * ITEM_FIELDS
     merges_at = prefill_at + have.prefill_items * ITEM_FIELDS
     pages_at = merges_at + have.merges * MERGE_FIELDS
+    host = torch.zeros(max(pages_at + have.pages, 1), dtype=torch.int32)
+    for at, part in ((0, decodes), (prefill_at, chunks), (merges_at, merges), (pages_at, pages)):
+        if part:
+            host[at : at + len(part)] = torch.frombuffer(part, dtype=torch.int32)
     geometry = Geometry(have.decode_items, prefill_at, have.prefill_items, merges_at, have.merges, have.parts, pages_at)
-    return AttentionTables(torch.tensor(flat or [0], dtype=torch.int32), geometry)
+    return AttentionTables(host, geometry)
 
 
 def _chunk_items(
@@ -133,13 +133,11 @@ def _chunk_items(
         yield Item(start, count, position, first_page, first, position + count if causal else row.context, -1)
 
 
-def _ranges(context: int, block_size: int, window: int | None) -> Iterator[tuple[int, int]]:
+def _ranges(context: int, block_size: int, window: int | None) -> list[tuple[int, int]]:
     """What a decode sees, cut where multiples of SPLIT_TOKENS are."""
     begin = 0 if window is None else max(context - window, 0) // block_size * block_size
-    while begin < context:
-        end = min((begin // SPLIT_TOKENS + 1) * SPLIT_TOKENS, context)
-        yield begin, end
-        begin = end
+    cuts = range((begin // SPLIT_TOKENS + 1) * SPLIT_TOKENS, context, SPLIT_TOKENS)
+    return list(pairwise((begin, *cuts, context)))
 
 
 def decode_ranges(context: int) -> int:
@@ -164,9 +162,3 @@ def rows_of_tile(family_rows: int, group: int) -> int:
 
 def decode_rows_of_tile(group: int) -> int:
     return rows_of_tile(DECODE.block_m, group)
-
-
-def _padded(entries: Sequence[tuple[int, ...]], count: int, fields: int) -> Iterator[int]:
-    for entry in entries:
-        yield from entry
-    yield from [0] * ((count - len(entries)) * fields)
