@@ -13,6 +13,7 @@ from torch import Tensor
 
 from chorus.kernels.attention_checks import check_rows
 from chorus.kernels.attention_tables import AttentionTables, Capacity, attention_tables
+from chorus.kernels.dispatch import runs_triton
 from chorus.kernels.paged_decode import DecodePages
 from chorus.kernels.types import AttentionRow
 from chorus.kernels.upload import to_device, write
@@ -58,7 +59,7 @@ class AttentionPlan:
         triton: bool | None = None,
     ) -> None:
         check_rows(rows, block_size, causal)
-        self.runs_triton = device.type == "cuda" if triton is None else triton
+        self.runs_triton = runs_triton(device, triton)
         self._capacity = capacity
         self._tables: dict[tuple[int, int | None], AttentionTables] = {}
         self.rows = tuple(rows)

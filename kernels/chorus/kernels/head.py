@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chorus.kernels import reference
+from chorus.kernels.dispatch import TRITON_DTYPES, runs_triton
 from chorus.kernels.head_tables import HeadCapacity, HeadTables, check_segments
-from chorus.kernels.row_ops import TRITON_DTYPES, check_rows
+from chorus.kernels.row_ops import check_rows
 from chorus.kernels.types import HeadActivation, HeadPool, HeadSegment
 
 # From this many rows on a segment gets GEMMs of its own, as in `low_rank`.
@@ -47,7 +48,7 @@ class HeadPlan:
         triton: bool | None = None,
         capacity: HeadCapacity | None = None,
     ) -> None:
-        self.runs_triton = device.type == "cuda" if triton is None else triton
+        self.runs_triton = runs_triton(device, triton)
         self.device = torch.empty(0, device=device).device  # "cuda" is not equal to a tensor's "cuda:0"
         self._set(segments, rows)
         self.width = max((s.labels for s in self.segments), default=0) if capacity is None else capacity.labels

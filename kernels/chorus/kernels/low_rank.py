@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from chorus.kernels import reference
+from chorus.kernels.dispatch import TRITON_DTYPES, runs_triton
 from chorus.kernels.low_rank_checks import check, check_disjoint, check_epilogue, check_for_triton, needs_of
 from chorus.kernels.low_rank_cpu import VectorRows, cut
 from chorus.kernels.low_rank_tables import Capacity, LowRankTables
 from chorus.kernels.types import Epilogue, LowRankSegment, RankPool
-
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class LowRankPlan:
@@ -42,15 +41,15 @@ class LowRankPlan:
         capacity: Capacity | None = None,
         tables: LowRankTables | None = None,
     ) -> None:
-        runs_triton = device.type == "cuda" if triton is None else triton
-        on_cpu = device.type == "cpu" and not runs_triton
+        on_triton = runs_triton(device, triton)
+        on_cpu = device.type == "cpu" and not on_triton
         self.device = device
         self.needs = needs_of(segments)
         self.segments = tuple(segments)
         self.pieces = cut(self.segments) if on_cpu else ()
         self.vector_rows = VectorRows.of(self.segments) if on_cpu else None
         self.tables = None
-        if runs_triton:
+        if on_triton:
             self.tables = tables or LowRankTables(self.segments, device, capacity)
             self.device = self.tables.buffer.device
 
@@ -59,7 +58,7 @@ class LowRankPlan:
         cls, batches: Sequence[Sequence[LowRankSegment]], device: torch.device, *, triton: bool | None = None
     ) -> list["LowRankPlan"]:
         """Plans of several batches, such as all layouts of a step, whose tables go to the device in one upload."""
-        if not (device.type == "cuda" if triton is None else triton):
+        if not runs_triton(device, triton):
             return [cls(segments, device, triton=triton) for segments in batches]
         tables = LowRankTables.together(batches, device)
         return [cls(s, device, triton=True, tables=own) for s, own in zip(batches, tables, strict=True)]
@@ -88,12 +87,12 @@ def low_rank(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan, epilogue: 
     check(y, x, pool, plan.needs)
     if epilogue is not None or plan.needs.vectors:
         check_epilogue(y, pool, plan.needs, epilogue)
-    runs_triton = plan.tables is not None and x.dim() == 2 and y.dtype in TRITON_DTYPES
-    if runs_triton:
+    on_triton = plan.tables is not None and x.dim() == 2 and y.dtype in TRITON_DTYPES
+    if on_triton:
         check_for_triton(x, pool, epilogue, plan.device)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (y, x, *pool, *(epilogue or ()))):
-        return _with_gradient(y, x, pool, plan, runs_triton, epilogue)
-    if runs_triton:
+        return _with_gradient(y, x, pool, plan, on_triton, epilogue)
+    if on_triton:
         return _on_triton(y, x, pool, plan, epilogue)
     if y.device.type != "cpu" or plan.tables is not None:
         return reference.low_rank(y, x, pool, plan.segments, epilogue)
@@ -171,7 +170,7 @@ def _on_triton(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan, epilogue
 
 
 def _with_gradient(
-    y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan, runs_triton: bool, epilogue: Epilogue | None
+    y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan, on_triton: bool, epilogue: Epilogue | None
 ) -> Tensor:
     from chorus.kernels.low_rank_backward import LowRankFunction
 
@@ -186,6 +185,6 @@ def _with_gradient(
     if not any(s.acts for s in plan.segments):
         return y
     out: Tensor = LowRankFunction.apply(  # type: ignore[no-untyped-call]
-        y, x, *pool, plan.segments, plan.tables if runs_triton else None
+        y, x, *pool, plan.segments, plan.tables if on_triton else None
     )
     return out

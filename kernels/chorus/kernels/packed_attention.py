@@ -15,6 +15,7 @@ from chorus.kernels.attention_checks import check_attention, check_scores
 from chorus.kernels.attention_tables import AttentionTables, Capacity, attention_tables
 from chorus.kernels.attention_tuning import attend_tiles
 from chorus.kernels.dense_attention import dense_attention
+from chorus.kernels.dispatch import runs_triton
 from chorus.kernels.types import AttentionRow
 from chorus.kernels.upload import to_device
 
@@ -51,7 +52,7 @@ class PackedPlan:
         self.lengths = tuple(lengths)
         self.tokens = sum(lengths)
         self.device = device
-        self.runs_triton = device.type == "cuda" if triton is None else triton
+        self.runs_triton = runs_triton(device, triton)
         self._capacity = capacity
         self._tables: dict[int, AttentionTables] = {}
 

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chorus.kernels import reference
+from chorus.kernels.dispatch import TRITON_DTYPES, runs_triton
 from chorus.kernels.pointwise_tuning import widest_norm
-from chorus.kernels.row_ops import TRITON_DTYPES, check_rows
+from chorus.kernels.row_ops import check_rows
 from chorus.kernels.row_plan import CpuRows, RowPlan
 from chorus.kernels.types import Norm
 
@@ -30,12 +31,10 @@ def residual_norm(
     """
     _check(residual, x, norm, plan)
     uses_pool = plan is not None and norm.weights is not None and (bool(plan.segments) or plan.buffer is not None)
-    runs_triton = residual.device.type == "cuda" if triton is None else triton
-    if plan is not None:
-        runs_triton = plan.runs_triton
-    if runs_triton and residual.dtype in TRITON_DTYPES:
+    on_triton = runs_triton(residual.device, triton) if plan is None else plan.runs_triton
+    if on_triton and residual.dtype in TRITON_DTYPES:
         return _on_triton(residual, x, norm, plan if uses_pool else None)
-    if residual.device.type != "cpu" or runs_triton:
+    if residual.device.type != "cpu" or on_triton:
         return reference.residual_norm(residual, x, norm, plan.segments if plan is not None else ())
     if x is not None:
         residual.add_(x)

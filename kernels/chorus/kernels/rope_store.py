@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chorus.kernels import reference
+from chorus.kernels.dispatch import TRITON_DTYPES, runs_triton
 from chorus.kernels.paged_attention import storable
-from chorus.kernels.row_ops import TRITON_DTYPES
 from chorus.kernels.types import Norm
 
 
@@ -41,7 +41,7 @@ class RopePlan:
         if not cos.device == sin.device == slots.device:
             raise ValueError(f"cos, sin, slots: on {cos.device}, {sin.device} and {slots.device}")
         self.cos, self.sin, self.slots, self.interleaved = cos, sin, slots, interleaved
-        self.runs_triton = cos.device.type == "cuda" if triton is None else triton
+        self.runs_triton = runs_triton(cos.device, triton)
         self._cache_rows: dict[tuple[int, int], Tensor] = {}
         self._wide: tuple[Tensor, Tensor] | None = None
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from chorus.kernels import reference
+from chorus.kernels.dispatch import TRITON_DTYPES
 from chorus.kernels.row_plan import RowPlan
-
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def row_scale(y: Tensor, vectors: Tensor, plan: RowPlan) -> Tensor:

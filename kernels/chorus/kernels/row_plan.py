@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chorus.kernels.dispatch import runs_triton
 from chorus.kernels.types import SlotSegment
 from chorus.kernels.upload import to_device, write
 
@@ -59,7 +60,7 @@ class RowPlan:
         triton: bool | None = None,
         capacity: int | None = None,
     ) -> None:
-        self.runs_triton = device.type == "cuda" if triton is None else triton
+        self.runs_triton = runs_triton(device, triton)
         self.device = torch.empty(0, device=device).device  # "cuda" is not equal to a tensor's "cuda:0"
         self._capacity = capacity
         self._set(segments, rows)

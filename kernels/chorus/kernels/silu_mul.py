@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chorus.kernels import reference
-from chorus.kernels.row_ops import TRITON_DTYPES, check_rows
+from chorus.kernels.dispatch import TRITON_DTYPES, runs_triton
+from chorus.kernels.row_ops import check_rows
 
 
 def silu_mul(gate: Tensor, up: Tensor, *, triton: bool | None = None) -> Tensor:
@@ -43,7 +44,7 @@ def _on_triton(gate: Tensor, up: Tensor, activation: reference.GatedActivation) 
 def _runs_triton(gate: Tensor, up: Tensor, triton: bool | None) -> bool:
     if gate.dim() != 2 or gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
         raise ValueError(f"gate, up: want one shape [T, N], got {_said(gate)} and {_said(up)}")
-    return gate.device.type == "cuda" if triton is None else triton
+    return runs_triton(gate.device, triton)
 
 
 def _said(tensor: Tensor) -> str:
