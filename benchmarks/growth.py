@@ -23,13 +23,13 @@ import numpy as np
 from chorus.config import ServerConfig
 from chorus.engine import messages as m
 from chorus.engine.engine import Engine
-from common import SHAPE_144M, Others, record, wait_until_quiet
+from common import SHAPE_144M, Others, or_toy, record, wait_until_quiet
 from loads.alone import alone, load_adapters
 from loads.decodes import decode_ms
 from loads.distinct import write_adapter
 
-ROWS, RANKS = (1, 4, 8, 16, 32, 64), (8, 16, 32)
-AT_ONCE = 16
+ROWS, RANKS = or_toy((1, 4, 8, 16, 32, 64), (1, 4)), or_toy((8, 16, 32), (8, 16))
+AT_ONCE = or_toy(16, 2)
 
 
 def line(xs: Sequence[float], ys: Sequence[float]) -> dict[str, float]:
@@ -98,7 +98,7 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=or_toy(3, 1))
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     arguments = parser.parse_args()
     wait_until_quiet()

@@ -22,12 +22,12 @@ from typing import Any
 from chorus.adapters import records
 from chorus.client.aio import AsyncClient
 from chorus.models.checkpoint import base_folder
-from common import Others, record, wait_until_quiet
+from common import Others, or_toy, record, wait_until_quiet
 from loads.distinct import write_adapter
 from loads.live_server import live_server, step_seconds
 from loads.open_loop import TENANT, adapter_name
 
-STREAMS, TOKENS = 16, 200
+STREAMS, TOKENS = or_toy(16, 2), or_toy(200, 20)
 
 
 def register(state_dir: Path, count: int) -> None:
@@ -89,8 +89,10 @@ def registered_row(folder: Path, rounds: int, counts: Sequence[int]) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--counts", type=int, nargs="+", default=[1, 100, 10_000], help="adapters registered")
+    parser.add_argument("--rounds", type=int, default=or_toy(2, 1))
+    parser.add_argument(
+        "--counts", type=int, nargs="+", default=or_toy([1, 100, 10_000], [2]), help="adapters registered"
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     arguments = parser.parse_args()
     wait_until_quiet()

@@ -23,7 +23,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from common import Others, record, wait_until_quiet
+from common import Others, or_toy, record, wait_until_quiet
 from loads.live_server import READY
 from peers.work import base_folder, save_weights
 
@@ -101,7 +101,7 @@ def measure(folder: Path, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=or_toy(3, 1))
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
     arguments = parser.parse_args()
     wait_until_quiet()

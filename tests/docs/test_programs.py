@@ -13,10 +13,13 @@ import pytest
 from docs.test_pages import ROOT, inline
 from support.server import ENVIRONMENT
 
+# Twenty processes that import torch, two programs at a time: about a minute, more on a busy machine.
+pytestmark = pytest.mark.timeout(600)
 NOT_RUN = {
     "benchmarks/peers/vllm_venv.py": "downloads vLLM and a torch of its own, gigabytes",
     "benchmarks/kernels.py --device cuda": "needs a GPU; make gpu runs it on a machine that has one",
 }
+MEASURED = ("engine", "front_end", "growth", "kernels", "pointwise", "registered", "serving", "startup")
 ADAPTERS, REQUESTS = (0, 1, 3), 10
 # What makes a run short, or keeps it from what is committed; and everything that a live run can be told.
 BESIDES = {
@@ -78,7 +81,7 @@ def test_the_program_does_what_the_page_says(line: str, runs: Runs) -> None:
         assert done.stdout or done.stderr or "tables" in line
 
 
-@pytest.mark.parametrize("name", ["engine", "kernels", "pointwise", "front_end", "serving"])
+@pytest.mark.parametrize("name", MEASURED)
 def test_a_benchmark_adds_to_the_results_with_commit_and_versions(name: str, runs: Runs) -> None:
     for row in runs.rows(name):
         assert {"commit", "time", "cpu", "versions"} <= row.keys()
