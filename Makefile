@@ -56,6 +56,7 @@ gpu:
 	$(PYTHON) benchmarks/kernels.py --device cuda --json
 	$(PYTHON) benchmarks/pointwise.py --device cuda --json
 	$(PYTHON) benchmarks/engine.py --device cuda --json
+	$(PYTHON) benchmarks/decode_8b.py --device cuda --json
 
 setup: $(VENV)/.dev
 

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.timeout(600)
 NOT_RUN = {
     "benchmarks/peers/vllm_venv.py": "downloads vLLM and a torch of its own, gigabytes",
     "benchmarks/kernels.py --device cuda": "needs a GPU; make gpu runs it on a machine that has one",
+    "benchmarks/decode_8b.py --device cuda": "the same",
 }
 MEASURED = ("engine", "front_end", "growth", "kernels", "pointwise", "registered", "serving", "startup")
 ADAPTERS, REQUESTS = (0, 1, 3), 10
