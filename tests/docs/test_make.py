@@ -1,5 +1,6 @@
 """Every make target that a page names runs somewhere: here, in CI, or on the machine that it is for."""
 
+import os
 import re
 import shlex
 import shutil
@@ -28,9 +29,12 @@ def named() -> set[str]:
 
 
 def make(*words: str, folder: Path = ROOT) -> str:
-    """What make prints; it takes the environment for set up."""
+    """What make prints; it takes the environment for set up, and knows nothing of the make that runs these tests."""
     old = [word for stamp in ("setup", ".venv/.dev", ".venv/.trainer") for word in ("-o", stamp)]
-    done = subprocess.run(["make", *old, *words], cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(
+        ["make", *old, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
