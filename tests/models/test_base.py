@@ -1,5 +1,6 @@
 """Loading a base: from a folder, from the (faked) hub, dummy weights; what can not be served is refused by name."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -128,7 +129,9 @@ def test_weights_that_do_not_fit_the_config_are_refused(llama: Path, tmp_path: P
 
 @pytest.mark.parametrize("family", ["llama-tied-bias", "gpt2"])
 def test_a_checkpoint_does_not_stay_mapped_beside_the_packed_weights(family: str, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(FAMILIES[family]), dtype=torch.bfloat16
+    )  # it keeps the dtype
     model.save_pretrained(tmp_path)
     base = load_base(str(tmp_path), device="cpu", dtype="bfloat16")
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
