@@ -122,13 +122,15 @@ class StepChecks:
 
     def check_urgent(self, schedule: Schedule) -> None:
         """Who is in turn waits for a row or pages only where those no less important leave none, or by a bound."""
-        queue = sorted(self.waiting(), key=lambda e: (e.seq.priority, not e.seq.started, e.seq.ticket))
+        queue = sorted(self.waiting(), key=lambda e: turn(e.seq))
         able = [e for e in queue if not self.leaders(e)]
         if not able or self.limits.bound is not None:
             return
         first = able[0]
         before = [c for c in schedule.chunks if c.count == 1 or c.seq.priority <= first.seq.priority]
-        if first.seq in schedule.preempted or sum(chunk.count for chunk in before) >= self.limits.budget:
+        if sum(chunk.count for chunk in before) >= self.limits.budget:
+            return
+        if any(turn(seq) <= turn(first.seq) for seq in schedule.preempted):  # nobody passes them in this step
             return
         above = [e.seq for e in self.model.live.values() if e.seq.blocks and e.seq.priority <= first.seq.priority]
         used = len({block for seq in above for block in seq.blocks})
@@ -165,3 +167,8 @@ class StepChecks:
         pairs = zip(one.tokens, other.tokens[:-1], strict=False)
         common = next((i for i, (a, b) in enumerate(pairs) if a != b), min(one.total, other.total - 1))
         return common // self.pool.block_size * self.pool.block_size
+
+
+def turn(seq: Sequence) -> tuple[int, bool, int]:
+    """A waiting sequence's place in the queue: who has started before goes before its equals."""
+    return seq.priority, not seq.started, seq.ticket
