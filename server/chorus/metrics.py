@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
 
-from chorus.engine.messages import StepEvents, StepStats
+from chorus.engine.messages import Launch, StepEvents, StepStats
 
 FIRST_TOKEN_BUCKETS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0),
@@ -93,6 +93,8 @@ class Metrics:
         self._hits.labels("device").inc(stats.adapter_hits)
         if events.ran:
             self._steps.inc()
+            for how, count in stats.launches.items():
+                self._launches.labels(how.value).inc(count)
             self._step_seconds.observe(stats.seconds)
             self._step_rows.observe(stats.rows)
             self._step_adapters.observe(stats.distinct_adapters)
@@ -102,6 +104,7 @@ class Metrics:
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._waiting_for_adapter.set(stats.waiting_for_adapter)
+        self._graphs.set(stats.graphs)
         self._kv_usage.set(stats.kv_usage)
         self._kv_kept.set(stats.kv_kept)
         self._pool_usage.set(stats.pool_usage)
@@ -161,6 +164,7 @@ class Metrics:
         self._waiting_for_adapter = self._gauge(
             "chorus_requests_waiting_for_adapter", "Requests that wait for their adapter to load."
         )
+        self._graphs = self._gauge("chorus_graphs_held", "CUDA graphs of decode steps in memory.")
         self._kv_usage = self._gauge("chorus_kv_cache_usage_ratio", "Share of the KV blocks in use, 0 to 1.")
         self._kv_kept = self._gauge(
             "chorus_prefix_cache_kept_ratio", "Share of the KV blocks that nobody uses and that can be found, 0 to 1."
@@ -183,6 +187,11 @@ class Metrics:
         for counter in (self._evictions, self._hits):
             counter.labels("device")
         self._steps = self._counter("chorus_engine_steps_total", "Forward passes.")
+        self._launches = self._counter(
+            "chorus_graph_steps_total", "Forward passes where CUDA graphs are on, by how they were launched.", "how"
+        )
+        for how in Launch:
+            self._launches.labels(how.value)
         self._step_seconds = self._histogram("chorus_step_seconds", "Length of an engine step.", STEP_BUCKETS)
         self._step_rows = self._histogram("chorus_step_rows", "Requests in a step.", COUNT_BUCKETS)
         self._step_adapters = self._histogram(

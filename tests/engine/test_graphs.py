@@ -11,7 +11,7 @@ from chorus.adapters.pool import SlotSegment
 from chorus.engine import graphs
 from chorus.engine.graphs import SEEN_BEFORE, DecodeGraphs, Shape, shape_of
 from chorus.engine.layout import Layout, lay_out
-from chorus.engine.messages import Sampling
+from chorus.engine.messages import Launch, Sampling
 from chorus.engine.schedule import Chunk
 from chorus.engine.sequence import Sequence
 from chorus.kernels import LowRankCapacity, low_rank_family
@@ -75,14 +75,14 @@ def test_a_shape_is_the_smallest_that_holds_the_batch(rows: list[tuple[int, int]
 )
 def test_a_batch_with_adapters_has_another_shape(rows: list[tuple[int, int]], capacity: LowRankCapacity) -> None:
     shape = shape_of(layout(*rows), POOL)
-    assert shape is not None
+    assert isinstance(shape, Shape)
     assert (shape.low_rank, shape.linears) == (capacity, 2)
 
 
 def test_prompts_and_embeddings_have_none() -> None:
-    assert shape_of(layout((9, -1), prompt=7), POOL) is None
-    assert shape_of(layout((9, 2)), POOL) is None
-    assert shape_of(lay_out([]), POOL) is None
+    assert shape_of(layout((9, -1), prompt=7), POOL) is Launch.PROMPT
+    assert shape_of(layout((9, 2)), POOL) is Launch.ADAPTER
+    assert shape_of(lay_out([]), POOL) is Launch.PROMPT
 
 
 class Recorded:
@@ -118,6 +118,8 @@ def test_a_shape_is_recorded_once_it_has_come_back_often_enough_and_replayed_fro
         assert logits.shape == (3, 2)
     assert recorded.made == [Shape(4, 4, None, 0)]
     assert len(recorded.written) == 1 + 3
+    assert recorded.graphs.take_launches() == {Launch.RARE: SEEN_BEFORE, Launch.RECORDED: 1, Launch.GRAPH: 2}
+    assert recorded.graphs.held == 1
 
 
 def test_what_can_not_be_recorded_is_said_once_and_computed_without(caplog: pytest.LogCaptureFixture) -> None:
@@ -127,6 +129,7 @@ def test_what_can_not_be_recorded_is_said_once_and_computed_without(caplog: pyte
     recorded = Recorded(refuse)
     assert [recorded.run(layout((9, -1))) for _ in range(SEEN_BEFORE + 3)] == [None] * (SEEN_BEFORE + 3)
     assert len(recorded.made) == 1
+    assert recorded.graphs.take_launches() == {Launch.RARE: SEEN_BEFORE, Launch.FAILED: 3}
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
         "no graph of decode steps"
     ]
@@ -144,3 +147,12 @@ def test_the_shape_that_was_replayed_longest_ago_makes_room(monkeypatch: pytest.
     assert [shape.rows for shape in recorded.made] == [1, 2, 4]
     recorded.run(two)
     assert [shape.rows for shape in recorded.made] == [1, 2, 4, 2]
+    assert recorded.graphs.held == 2
+
+
+def test_launches_are_taken_once() -> None:
+    recorded = Recorded(ones)
+    recorded.run(layout((9, -1), prompt=7))
+    recorded.run(layout((9, 2)))
+    assert recorded.graphs.take_launches() == {Launch.PROMPT: 1, Launch.ADAPTER: 1}
+    assert recorded.graphs.take_launches() == {}

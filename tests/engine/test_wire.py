@@ -43,7 +43,7 @@ STEP = m.StepEvents(
         m.Checked(5, CheckedAdapter("d", "lora", 8, 100, 3, "chat", {"loss": 0.5}, "e")),
         m.CheckFailed(6, "INVALID_ARGUMENT", "X", "text", None, (("file", "bad"),)),
     ),
-    m.StepStats(seconds=0.5, rows=3, running=2),
+    m.StepStats(seconds=0.5, rows=3, running=2, launches={m.Launch.GRAPH: 1}, graphs=2),
     ran=True,
 )
 SITE = Site("model.layers.0.mlp.up_proj", 8, 16, has_bias=True, shard="column")

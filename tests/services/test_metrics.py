@@ -8,7 +8,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from chorus.admin.v1 import adapters_pb2
-from chorus.engine.messages import Abort, StepEvents, StepStats
+from chorus.engine.messages import Abort, Launch, StepEvents, StepStats
 from chorus.metrics import MAX_TENANTS, Metrics
 from chorus.v1 import generate_pb2
 from services.fakes import never_ends, says
@@ -27,6 +27,7 @@ chorus_adapters_resident chorus_adapter_pinned chorus_prompt_tokens chorus_gener
 chorus_cached_prompt_tokens chorus_requests_finished chorus_errors chorus_preemptions chorus_adapter_evictions
 chorus_adapter_hits chorus_engine_steps chorus_step_seconds chorus_step_rows chorus_step_distinct_adapters
 chorus_prefix_cache_kept_ratio chorus_prefix_cache_evictions
+chorus_graph_steps chorus_graphs_held
 chorus_step_kinds chorus_tenant_tokens chorus_tenant_requests chorus_build_info chorus_model_info
 """
 
@@ -128,6 +129,18 @@ def test_steps_set_gauges_and_only_those_that_ran_are_counted() -> None:
     assert samples["chorus_prefix_cache_evictions_total", ()] == 3
     assert samples["chorus_adapters_resident", (("tier", "device"),)] == 2
     assert samples["chorus_preemptions_total", ()] == 1
+
+
+def test_passes_are_counted_by_how_they_were_launched() -> None:
+    metrics = Metrics()
+    metrics.step(StepEvents(stats=StepStats(launches={Launch.RECORDED: 1}, graphs=1), ran=True))
+    metrics.step(StepEvents(stats=StepStats(launches={Launch.GRAPH: 1, Launch.FAILED: 2}, graphs=1), ran=True))
+    samples = parse(generate_latest(metrics.registry).decode())
+    passes = {
+        dict(labels)["how"]: value for (name, labels), value in samples.items() if name == "chorus_graph_steps_total"
+    }
+    assert passes == {"graph": 1, "recorded": 1, "rare": 0, "prompt": 0, "adapter": 0, "failed": 2}
+    assert samples["chorus_graphs_held", ()] == 1
 
 
 def test_ten_thousand_tenants_keep_the_page_small() -> None:

@@ -1,5 +1,6 @@
 """Engines for tests: small budgets, driven by hand."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ class Run:
     evictions: int = 0
     most_adapters: int = 0
     most_blocks: int = 0
+    launches: Counter[m.Launch] = field(default_factory=Counter)
+    graphs: int = 0
 
     @property
     def tokens(self) -> dict[int, list[int]]:
@@ -103,6 +106,8 @@ def run(
         result.evictions += step.stats.evictions
         result.most_adapters = max(result.most_adapters, step.stats.distinct_adapters)
         result.most_blocks = max(result.most_blocks, engine.blocks.num_blocks - engine.blocks.free_count)
+        result.launches.update(step.stats.launches)
+        result.graphs = step.stats.graphs
         for event in step.events:
             assert not isinstance(event, m.LoadFailed), event
             if isinstance(event, m.Failed):

@@ -194,7 +194,7 @@ class Engine:
         )
 
     def _stats(self, schedule: Schedule, slots: set[int], told: list[m.Event], began: float) -> m.StepStats:
-        residents = self.residency.residents()
+        residents, graphs = self.residency.residents(), self._runner.graphs
         evictions, hits, pages = self._counted
         self._counted = (self.residency.evictions, self.residency.hits, self.blocks.evictions)
         return m.StepStats(
@@ -217,6 +217,8 @@ class Engine:
             resident_device=sum(r.slot is not None for r in residents),
             resident_host=sum(r.host is not None for r in residents),
             pinned=sum(r.pinned for r in residents),
+            launches=graphs.take_launches() if graphs is not None else {},
+            graphs=graphs.held if graphs is not None else 0,
         )
 
 

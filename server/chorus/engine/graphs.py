@@ -15,7 +15,7 @@ import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from chorus.adapters.pool import AdapterPool, SlotSegment
 from chorus.adapters.static_plans import StaticPlans
 from chorus.engine.layout import Layout
+from chorus.engine.messages import Launch
 from chorus.kernels import (
     AttentionCapacity,
     AttentionPlan,
@@ -121,23 +122,43 @@ class DecodeGraphs:
         self._seen: Counter[Shape] = Counter()
         self._refused: set[Shape] = set()
         self._kept: OrderedDict[Shape, tuple[StaticStep, Callable[[], Tensor]]] = OrderedDict()
+        self._launches: Counter[Launch] = Counter()
+
+    @property
+    def held(self) -> int:
+        """Graphs in memory."""
+        return len(self._kept)
+
+    def take_launches(self) -> dict[Launch, int]:
+        """How the batches since the last call were launched."""
+        launches, self._launches = self._launches, Counter()
+        return dict(launches)
 
     def run(self, layout: Layout, is_long: Sequence[bool]) -> Tensor | None:
         """The batch's logits; None where it is not of decodes alone, or its shape has no graph."""
         shape = shape_of(layout, self._pool)
-        if shape is None or shape in self._refused:
+        launch = shape if isinstance(shape, Launch) else self._prepare(shape, layout, is_long)
+        self._launches[launch] += 1
+        if isinstance(shape, Launch) or launch not in (Launch.GRAPH, Launch.RECORDED):
             return None
-        if shape not in self._kept:
-            self._seen[shape] += 1
-            if self._seen[shape] <= SEEN_BEFORE or not self._make(shape, layout, is_long):
-                return None
         self._kept.move_to_end(shape)
         step, replay = self._kept[shape]
         step.write(layout, is_long)
         return replay()[: len(layout.rows)]
 
-    def _make(self, shape: Shape, layout: Layout, is_long: Sequence[bool]) -> bool:
-        """Records the batch's step; False where that does not work: such batches are computed without a graph then."""
+    def _prepare(self, shape: Shape, layout: Layout, is_long: Sequence[bool]) -> Launch:
+        """Records the batch's step if it is time to; with GRAPH and RECORDED there is a graph of the shape."""
+        if shape in self._kept:
+            return Launch.GRAPH
+        if shape in self._refused:
+            return Launch.FAILED
+        self._seen[shape] += 1
+        if self._seen[shape] <= SEEN_BEFORE:
+            return Launch.RARE
+        return self._make(shape, layout, is_long)
+
+    def _make(self, shape: Shape, layout: Layout, is_long: Sequence[bool]) -> Launch:
+        """Records the batch's step; FAILED where that does not work: such batches are computed without a graph then."""
         began = time.monotonic()
         step = self._new_step(shape)
         step.write(layout, is_long)
@@ -147,21 +168,21 @@ class DecodeGraphs:
         except RuntimeError as error:
             self._refused.add(shape)
             log.warning("no graph of decode steps", extra={"shape": str(shape), "reason": str(error)})
-            return False
+            return Launch.FAILED
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)
         seconds = round(time.monotonic() - began, 3)
         log.info("recorded a graph of decode steps", extra={"shape": str(shape), "seconds": seconds})
-        return True
+        return Launch.RECORDED
 
 
-def shape_of(layout: Layout, pool: AdapterPool) -> Shape | None:
-    """The smallest shape that holds the batch; None where it is not of decodes alone, or changes an embedding."""
+def shape_of(layout: Layout, pool: AdapterPool) -> Shape | Literal[Launch.PROMPT, Launch.ADAPTER]:
+    """The smallest shape that holds the batch; PROMPT where it is not of decodes alone, ADAPTER if one embeds."""
     rows = len(layout.rows)
     if not rows or len(layout.token_ids) != rows or len(layout.sampled) != rows or layout.scored:
-        return None
+        return Launch.PROMPT
     if any(pool.embeds(segment.slot) for segment in layout.segments):
-        return None
+        return Launch.ADAPTER
     size = _round_rows(rows)
     ranges = sum(decode_ranges(row.context) for row in layout.rows) + size - rows
     low_rank = _low_rank(layout.segments, size, pool)

@@ -19,6 +19,22 @@ class FinishReason(Enum):
     ABORTED = "aborted"
 
 
+class Launch(Enum):
+    """How a forward pass was launched where graphs are on: as one, or operator by operator and for what reason."""
+
+    GRAPH = "graph"
+    RECORDED = "recorded"
+    """As a graph that was recorded just then."""
+    RARE = "rare"
+    """The batch's shape has not come often enough to be worth a recording."""
+    PROMPT = "prompt"
+    """Not decodes alone."""
+    ADAPTER = "adapter"
+    """An adapter does what no graph holds."""
+    FAILED = "failed"
+    """The shape's recording failed."""
+
+
 class AdapterRef(msgspec.Struct, frozen=True):
     """An immutable adapter version: its digest, and the folder that holds its files."""
 
@@ -250,6 +266,9 @@ class StepStats(msgspec.Struct, frozen=True):
     resident_device: int = 0
     resident_host: int = 0
     pinned: int = 0
+    launches: dict[Launch, int] = {}
+    """Forward passes where graphs are on; more than one in a step that failed and was tried in parts."""
+    graphs: int = 0
 
 
 Event = Started | PromptLogprobs | Tokens | Failed | Loaded | LoadFailed | ResidencyReport | Checked | CheckFailed

@@ -32,10 +32,10 @@ class Runner:
         self._v_cache = torch.zeros(shape, dtype=base.dtype, device=base.device)
         for name, layer in base.adapted.items():
             layer.pool = pool.pools[name]
-        self._graphs: DecodeGraphs | None = None
+        self.graphs: DecodeGraphs | None = None
         if record is not None:
             memory = {"block_size": block_size, "scratch_block": kv_blocks}
-            self._graphs = DecodeGraphs(
+            self.graphs = DecodeGraphs(
                 record, self._compute_static, lambda shape: StaticStep(shape, pool, **memory, device=base.device), pool
             )
 
@@ -43,7 +43,7 @@ class Runner:
     def forward(self, layout: Layout) -> Tensor:
         """Logits [L, V] of the layout's `logit_rows`; the keys and values of all its rows are in the cache then."""
         is_long = self._are_long(layout)
-        if self._graphs is not None and (replayed := self._graphs.run(layout, is_long)) is not None:
+        if self.graphs is not None and (replayed := self.graphs.run(layout, is_long)) is not None:
             return replayed
         device = self._base.device
         plan = AttentionPlan(layout.rows, self._block_size, device)

@@ -44,3 +44,5 @@ def test_replays_of_a_recording_serve_batches_of_other_tenants(
         assert gap > 1e-4
         assert got.tokens[i] == tokens
     assert (tape.recorded, tape.replayed) == (2, 6)
+    assert got.launches == {m.Launch.RECORDED: 2, m.Launch.GRAPH: 4, m.Launch.PROMPT: 3}
+    assert got.graphs == 2
