@@ -14,7 +14,7 @@ from torch import Tensor
 from chorus.kernels.attention_checks import check_rows
 from chorus.kernels.attention_tables import AttentionTables, Capacity, attention_tables
 from chorus.kernels.dispatch import runs_triton
-from chorus.kernels.paged_decode import DecodePages
+from chorus.kernels.native.decode_attention import DecodeRows
 from chorus.kernels.types import AttentionRow
 from chorus.kernels.upload import to_device, write
 
@@ -23,18 +23,10 @@ class CpuRows:
     """The same batch for a CPU: its decodes together, its chunks one by one."""
 
     def __init__(self, rows: Sequence[AttentionRow], block_size: int) -> None:
-        self._block_size = block_size
         self.decodes = [row for row in rows if row.end - row.start == 1]
         self.prefills = [row for row in rows if row.end - row.start > 1]
         self.prefill_blocks = [torch.tensor(used(row, block_size)) for row in self.prefills]
-        self.decode_rows = torch.tensor([row.start for row in self.decodes], dtype=torch.int64)  # [R]
-        self._pages: dict[int | None, DecodePages] = {}
-
-    def decode_pages(self, window: int | None) -> DecodePages:
-        """The pages that the decode rows see some of."""
-        if window not in self._pages:
-            self._pages[window] = DecodePages(self.decodes, self._block_size, window)
-        return self._pages[window]
+        self.decode_rows = DecodeRows(self.decodes, block_size) if self.decodes else None
 
 
 class AttentionPlan:

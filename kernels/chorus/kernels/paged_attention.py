@@ -1,6 +1,6 @@
 """`store_kv` and `paged_attention`: a packed batch of decodes and prefill chunks over a paged KV cache.
 
-On CPU all decode rows are one call, which gathers nothing (`paged_decode`). A prefill chunk is a call of its own: one
+On CPU all decode rows are one call of a kernel (`native.decode_attention`). A prefill chunk is a call of its own: one
 gather of its pages and one SDPA, 0.1 ms that the chunk's own work hides; it is in pieces where there is a soft cap or a
 bias (`dense_attention`).
 
@@ -17,7 +17,8 @@ from chorus.kernels.attention_checks import check_attention, check_cache, check_
 from chorus.kernels.attention_plan import AttentionPlan
 from chorus.kernels.attention_tuning import attend_tiles
 from chorus.kernels.dense_attention import dense_attention
-from chorus.kernels.paged_decode import decode_by_pages
+from chorus.kernels.native.decode_attention import decode_attention
+from chorus.kernels.native.numbers import HELD_AS
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -77,7 +78,7 @@ def paged_attention(
         raise ValueError(f"{'bias' if window is None else 'window'}: tokens have no position in another's context")
     if plan.runs_triton and attend_tiles(query.shape[2], query.dtype, ""):
         return _on_triton(query, k_cache, v_cache, plan, scale, window, soft_cap, bias)
-    if query.device.type != "cpu":
+    if query.device.type != "cpu" or query.dtype not in HELD_AS:
         return reference.paged_attention(
             query,
             k_cache,
@@ -90,14 +91,11 @@ def paged_attention(
             causal=plan.causal,
         )
     batch = plan.on_cpu
-    if batch.decodes:
-        pages = batch.decode_pages(window)
-        attended = decode_by_pages(query, k_cache, v_cache, pages, scale=scale, soft_cap=soft_cap, bias=bias)
-        if not batch.prefills:
-            return attended
-    out = torch.empty_like(query)
-    if batch.decodes:
-        out.index_copy_(0, batch.decode_rows, attended)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if batch.decode_rows is not None:
+        decode_attention(
+            out, query, k_cache, v_cache, batch.decode_rows, scale=scale, window=window, soft_cap=soft_cap, bias=bias
+        )
     for row, blocks in zip(batch.prefills, batch.prefill_blocks, strict=True):
         key, value = _gather(k_cache, blocks, row.context), _gather(v_cache, blocks, row.context)
         part = slice(row.start, row.end)

@@ -10,6 +10,7 @@ from chorus.adapters.pool import AdapterPool
 from chorus.engine.graphs import DecodeGraphs, Record, StaticStep
 from chorus.engine.layout import Layout
 from chorus.kernels import AttentionPlan, LowRankPlan
+from chorus.kernels.native import prepare
 from chorus.models.attention import StepAttention
 from chorus.models.base import Base
 
@@ -32,6 +33,8 @@ class Runner:
         self._v_cache = torch.zeros(shape, dtype=base.dtype, device=base.device)
         for name, layer in base.adapted.items():
             layer.pool = pool.pools[name]
+        if base.device.type == "cpu":
+            prepare(base.dtype, base.head_dim, block_size)
         self.graphs: DecodeGraphs | None = None
         if record is not None:
             memory = {"block_size": block_size, "scratch_block": kv_blocks}

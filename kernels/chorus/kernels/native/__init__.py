@@ -1,0 +1,20 @@
+"""Kernels for a CPU, compiled by numba: what torch has no operator for and would need a dozen calls.
+
+    numbers.py           bfloat16, float16 and addresses in a kernel; exp
+    team.py              how a kernel is compiled, kept and run on the threads that torch computes with
+    decode_attention.py  decodes over paged keys and values
+
+A kernel takes work items by a ticket, so threads of unequal speed end together, and an item is computed by one thread
+alone: same inputs, same bits, whatever the number of threads. Sums are float32.
+"""
+
+import torch
+
+from chorus.kernels.native import decode_attention
+from chorus.kernels.native.numbers import HELD_AS
+
+
+def prepare(dtype: torch.dtype, head_dim: int, block_size: int) -> None:
+    """Compiles now what the first step would wait for: 2 s a kernel, once on a machine; a tenth of that when kept."""
+    if dtype in HELD_AS:
+        decode_attention.prepare(dtype, head_dim, block_size)

@@ -1,0 +1,75 @@
+"""How a kernel is compiled and kept, and run on the OpenMP threads that torch computes with.
+
+A team of threads of our own would fight with torch's for the cores: OpenMP's threads watch for work between two
+operators. So a kernel is handed to the very function that torch's own parallel regions call.
+
+    arguments, int64:  ticket, edition, then addresses, sizes, bits of float32     the same memory for all threads
+"""
+
+import ctypes
+import logging
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import types
+
+from chorus.kernels.native.numbers import OPTIONS
+
+logger = logging.getLogger(__name__)
+
+Kernel = Callable[[Any], None]
+
+EDITION = int.from_bytes(sha256(Path(__file__).with_name("numbers.py").read_bytes()).digest()[:7], "big")
+"""What a kernel compares its arguments' edition with, which makes it part of the key under which compiled code is kept:
+numba itself looks only at the file that a kernel is in, and would go on with `numbers` as they were before a change."""
+
+_ON_THREAD = ctypes.PYFUNCTYPE(
+    None, ctypes.c_void_p
+)  # keeps the interpreter's lock: a kernel is shorter than handing it on
+
+
+class Compiled:
+    """A kernel's machine code. Call it with integers, None for an address that is not there, floats and tensors."""
+
+    def __init__(self, function: Kernel) -> None:
+        signature = types.void(types.CPointer(types.int64))
+        try:
+            self._code = numba.cfunc(signature, cache=True, **OPTIONS)(function)
+        except RuntimeError as error:  # no folder that can be written
+            logger.warning("compiled kernels can not be kept, every start compiles them anew: %s", error)
+            self._code = numba.cfunc(signature, **OPTIONS)(function)
+        self._on_thread = _ON_THREAD(self._code.address)
+
+    def __call__(self, items: int, *arguments: torch.Tensor | int | float | None) -> None:
+        """Runs it on as many threads as torch has here, at most `items`. What tensors hold must outlive the call."""
+        memory = (ctypes.c_int64 * (len(arguments) + 2))(0, EDITION, *map(_word, arguments))
+        threads = min(torch.get_num_threads(), items)
+        if threads > 1 and _parallel is not None:
+            _parallel(self._code.address, ctypes.addressof(memory), threads, 0)
+        else:
+            self._on_thread(ctypes.addressof(memory))
+
+
+def _word(argument: torch.Tensor | int | float | None) -> int:
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, float):
+        return int(np.float32(argument).view(np.int32))
+    return argument or 0
+
+
+def _find_parallel() -> Any:
+    """OpenMP's `GOMP_parallel(function, data, threads, flags)`, as torch is linked with it; None where it has none."""
+    function = getattr(ctypes.PyDLL(None), "GOMP_parallel", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        function.restype = None
+    return function
+
+
+_parallel = _find_parallel()
