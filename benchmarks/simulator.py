@@ -22,6 +22,7 @@ from typing import Any
 
 from chorus.client.aio import AsyncClient
 from chorus.config import ServerConfig
+from chorus.engine.memory import BLOCK_SIZE
 from chorus.engine.simulated_device import Cost, SimulatedAdapter, StepFeatures
 from chorus.engine.simulation import Limits, Report, SimulatedRequest, Simulation
 from chorus.models.checkpoint import base_folder
@@ -34,7 +35,7 @@ from loads.open_loop import TENANT, adapter_name, replay
 from loads.tiers import TOKENS_IN, first_token_ms
 from loads.trace import BASE, Workload
 
-RANK, BLOCK_SIZE, WARM_UP_S = 8, 32, 2.0
+RANK, WARM_UP_S = 8, 2.0
 # The embedded base's on two CPU cores, one thread a step.
 COST = Cost(StepFeatures(0.0036, 0.002, 0.00015, 0.0004, 0.00004, 0.004, 0.003), load=0.02, overhead=0.003)
 COMPARED = ("requests_s", "output_tokens_s", "step_mean", "first_token_p50", "first_token_p99", "inter_token_mean")

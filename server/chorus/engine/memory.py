@@ -14,8 +14,8 @@ from chorus.errors import FailedPrecondition
 if TYPE_CHECKING:
     from chorus.models.base import Base
 
-# Tokens of a page. On a CPU, decode attention over long contexts takes 1.3 times as long with 16 (`paged_decode`).
-BLOCK_SIZE = {"cpu": 32, "cuda": 16}
+BLOCK_SIZE = 16
+"""Tokens of a page. Decode attention takes as long with 32, and shares and wastes less with 16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +39,19 @@ def plan_memory(base: "Base", config: ServerConfig) -> MemoryPlan:
     from chorus.adapters.pool import rows_for_budget
 
     _refuse_more_than_there_is(config, base.device.type)
-    block_size = BLOCK_SIZE[base.device.type]
-    block_bytes = 2 * base.layers * base.kv_heads * base.head_dim * block_size * base.dtype.itemsize
+    block_bytes = 2 * base.layers * base.kv_heads * base.head_dim * BLOCK_SIZE * base.dtype.itemsize
     blocks = config.kv_cache_mb * 2**20 // block_bytes
     if blocks < 2:
         raise FailedPrecondition(
-            f"--kv-cache-mb {config.kv_cache_mb}: {block_size} tokens of this model take {block_bytes / 2**20:.1f} MiB",
+            f"--kv-cache-mb {config.kv_cache_mb}: {BLOCK_SIZE} tokens of this model take {block_bytes / 2**20:.1f} MiB",
             reason="KV_CACHE_TOO_SMALL",
         )
     return MemoryPlan(
         kv_blocks=blocks,
-        block_size=block_size,
+        block_size=BLOCK_SIZE,
         kv_bytes=blocks * block_bytes,
         adapter_rows=rows_for_budget(base.sites, base.dtype, config.adapter_memory_mb * 2**20),
-        context_length=min(base.facts.context_length, blocks * block_size),
+        context_length=min(base.facts.context_length, blocks * BLOCK_SIZE),
     )
 
 
