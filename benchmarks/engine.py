@@ -1,6 +1,6 @@
 """The engine's tokens/s on CPU beside transformers, peft and, if asked, vLLM, interleaved in one run.
 
-    python benchmarks/engine.py [--peers vllm] [--alone] [--profile] [--json] [--rounds 3] [--device cpu]
+    python benchmarks/engine.py [--peers vllm | --alone | --against FOLDER] [--profile] [--json] [--rounds 3]
 
 16 requests, 64 tokens in, 64 out, greedy, bf16, a 144M Llama shape; adapters of rank 16 on all seven linears. Each
 contestant is a process of its own with the same weights, and they take turns; ratios are of medians. A decode step is
@@ -22,6 +22,7 @@ import torch
 
 from common import Others, copy_bandwidth, matmul_rate, or_toy, record, wait_until_quiet
 from peers import vllm_cpu
+from peers.checkout import Checkout
 from peers.process import Answer, Contestant
 from peers.work import WORKLOADS, save_weights
 
@@ -31,7 +32,9 @@ EFFICIENCY_OF = ("base", "mixed16")
 class Field:
     """The contestants, and who does which workload."""
 
-    def __init__(self, folder: Path, device: str, peers: tuple[str, ...], open_ones: ExitStack) -> None:
+    def __init__(
+        self, folder: Path, device: str, peers: tuple[str, ...], against: Path | None, open_ones: ExitStack
+    ) -> None:
         def enter(contestant: Contestant) -> Contestant:
             return open_ones.enter_context(closing(contestant))
 
@@ -42,6 +45,10 @@ class Field:
         if "transformers" in peers:
             both = enter(Contestant("peers.transformers_peft", str(folder), device))
             self.base["transformers"], self.adapted["peft"] = both, both
+        if against is not None:
+            checkout = Checkout(against, str(folder), device)
+            enter(checkout)
+            self.base["checkout"], self.adapted["checkout"] = checkout, checkout
         if "vllm" in peers:
             self.base["vllm"], self.adapted["vllm"] = (
                 enter(vllm_cpu.start(folder, lora=lora)) for lora in (False, True)
@@ -52,10 +59,10 @@ class Field:
 
 
 @contextmanager
-def contestants(device: str, peers: tuple[str, ...]) -> Iterator[Field]:
+def contestants(device: str, peers: tuple[str, ...], against: Path | None) -> Iterator[Field]:
     with tempfile.TemporaryDirectory() as name, ExitStack() as open_ones:
         save_weights(Path(name))
-        yield Field(Path(name), device, peers, open_ones)
+        yield Field(Path(name), device, peers, against, open_ones)
 
 
 def measure(field: Field, rounds: int) -> tuple[dict[tuple[str, str], list[Answer]], list[Answer]]:
@@ -132,6 +139,7 @@ def main() -> None:
     others = parser.add_mutually_exclusive_group()
     others.add_argument("--peers", choices=("vllm",), nargs="+", default=[], help="besides transformers and peft")
     others.add_argument("--alone", action="store_true", help="our engine only")
+    others.add_argument("--against", type=Path, metavar="FOLDER", help="beside another checkout's engine only")
     parser.add_argument("--profile", action="store_true", help="where a decode step's time goes; CPU only")
     arguments = parser.parse_args()
     if arguments.device != "cpu" and (arguments.profile or arguments.peers):
@@ -141,7 +149,7 @@ def main() -> None:
             vllm_cpu.require()
         except FileNotFoundError as error:
             sys.exit(str(error))
-    peers = () if arguments.alone else ("transformers", *arguments.peers)
+    peers = () if arguments.alone or arguments.against else ("transformers", *arguments.peers)
     wait_until_quiet()
     ceilings = {
         "copy_gb_s": copy_bandwidth(arguments.device) / 1e9,
@@ -149,7 +157,9 @@ def main() -> None:
     }
     print("ceilings: " + ", ".join(f"{name} {value:.1f}" for name, value in ceilings.items()), file=sys.stderr)
     row: dict[str, Any] = {"device": arguments.device, **ceilings}
-    with contestants(arguments.device, peers) as field:
+    if arguments.against:
+        row["against"] = Checkout.commit_of(arguments.against)
+    with contestants(arguments.device, peers, arguments.against) as field:
         neighbours = Others()
         answers, floors = measure(field, arguments.rounds)
         speed = speed_row(field, answers)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from peers import vllm_cpu, work
+from peers.checkout import Checkout
 from peers.process import Contestant
 
 ECHO = """
@@ -36,6 +37,27 @@ def test_a_contestant_that_dies_is_an_error_and_no_figure(modules: Path) -> None
     (modules / "dead.py").write_text("raise SystemExit(3)")
     with pytest.raises(RuntimeError, match="dead ended with exit code 3"):
         Contestant("dead")
+
+
+def test_what_is_no_checkout_is_said_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "server").mkdir()
+    with pytest.raises(
+        FileNotFoundError, match="it has no benchmarks, protos, kernels, trainer"
+    ):
+        Checkout(tmp_path)
+
+
+def test_another_checkouts_engine_runs_its_own_code(tmp_path: Path) -> None:
+    for name in ("protos", "kernels", "server", "trainer", "benchmarks/peers"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "benchmarks/peers/process.py").write_text((Path(work.__file__).with_name("process.py")).read_text())
+    program = ECHO.replace("return question", "return {**question, 'file': __file__}")
+    (tmp_path / "benchmarks/peers/chorus_engine.py").write_text(program)
+    contestant = Checkout(tmp_path)
+    answer = contestant.ask(adapters=8, turn=1)
+    contestant.close()
+    file = str((tmp_path / "benchmarks/peers/chorus_engine.py").resolve())
+    assert answer == {"ask": "run", "adapters": 8, "turn": 1, "file": file}
 
 
 def test_without_its_environment_vllm_says_in_one_line_how_to_make_it(
