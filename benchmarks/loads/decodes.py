@@ -43,9 +43,11 @@ def prefill_ms(engine: Engine, tokens: int, repeats: int = 5) -> float:
     times = []
     for _ in range(repeats + 2):
         began = time.perf_counter()
-        events = engine.step([submit(next(_ids), None, tokens, 1)]).events
+        turns = [engine.step([submit(next(_ids), None, tokens, 1)])]
+        while engine.has_work:  # where steps overlap, it ends in the next turn
+            turns.append(engine.step([]))
         times.append(time.perf_counter() - began)
-        if not any(isinstance(event, m.Tokens) and event.finish for event in events):
+        if sum(turn.ran for turn in turns) != 1:
             raise RuntimeError(f"a prompt of {tokens} tokens took more than a step")
     return statistics.median(times[2:]) * 1e3
 

@@ -63,6 +63,9 @@ class ServerConfig(BaseModel):
     cuda_graphs: Literal["auto", "off"] = Field(
         default="auto", description="auto: decode steps run as CUDA graphs, where the device is cuda."
     )
+    overlap: Literal["auto", "off"] = Field(
+        default="auto", description="auto: a step is laid out while another computes, where the device is cuda."
+    )
     max_queue: int = Field(default=1024, ge=1, description="Requests that wait, at most; more are refused.")
     max_message_mb: int = Field(default=64, ge=1, le=1024, description="The largest gRPC message, MiB.")
     max_adapter_mb: int = Field(default=1024, ge=1, description="The largest adapter upload, MiB.")

@@ -63,6 +63,7 @@ def test_every_field_is_a_flag(server: Callable[[Serve], None], run: Run) -> Non
         "target_step_ms": 25.0,
         "prefix_cache": "request",
         "cuda_graphs": "off",
+        "overlap": "off",
         "max_queue": 9,
         "max_message_mb": 10,
         "max_adapter_mb": 11,

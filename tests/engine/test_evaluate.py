@@ -2,13 +2,14 @@
 
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from chorus.engine import evaluate as room
 from chorus.engine import messages as m
-from chorus.engine.evaluate import Drawn, evaluate
+from chorus.engine.evaluate import Drawn, launch
 from chorus.engine.layout import Layout, lay_out
 from chorus.engine.runner import Runner
 from chorus.engine.sampler import NOT_FINITE
@@ -19,6 +20,7 @@ from support.tiny import VOCAB, solo_logits
 from support.worlds import TinyWorld
 
 NEW = 10
+TOLD = m.TokenLogprob(-1.0)
 NO_EOS: frozenset[int] = frozenset()
 ASKED: list[dict[str, Any]] = [
     {"logprobs": 5, "prompt_logprobs": 3},
@@ -106,11 +108,11 @@ class Table:
     def __init__(self) -> None:
         self.logits = torch.randn(20, 20, generator=torch.Generator().manual_seed(1))
 
-    def forward(self, layout: Layout) -> torch.Tensor:
+    def forward(self, layout: Layout, _: torch.Tensor | None) -> torch.Tensor:
         return self.logits[[layout.token_ids[row] for row in layout.logit_rows]]
 
     def evaluate(self, chunks: list[Chunk]) -> dict[tuple[int, int], Drawn]:
-        return evaluate(cast(Runner, self), lay_out(chunks), NO_EOS).tokens
+        return launch(cast(Runner, self), lay_out(chunks), NO_EOS).read()
 
 
 def some_chunks() -> list[Chunk]:
@@ -135,7 +137,7 @@ def test_a_step_that_failed_has_changed_nothing_and_its_halves_say_what_it_would
     assert [len(entries) for entries in told(whole)] == [5, 7, 8, 0]
     assert set(expected) == {(1, 0), (3, 0)}
     with monkeypatch.context() as broken:
-        broken.setattr(room, "sample", lambda *_: 1 / 0)
+        broken.setattr(room, "logprobs_of", Mock(side_effect=[[TOLD] * 20, ZeroDivisionError]))
         with pytest.raises(ZeroDivisionError):
             table.evaluate(halves)
     assert told(halves) == [[], [], [], []]

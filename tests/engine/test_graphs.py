@@ -97,7 +97,7 @@ class Recorded:
         self.made.append(shape)
         return self
 
-    def write(self, layout: Layout, is_long: object) -> None:
+    def write(self, layout: Layout, is_long: object, drawn: object = None) -> None:
         self.written.append(layout.segments)
 
     def run(self, layout: Layout) -> Tensor | None:

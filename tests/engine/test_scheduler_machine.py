@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from chorus.engine.messages import AdapterRef, Sampling
+from chorus.engine.schedule import Schedule
 from support.scheduler_model import Limits, SchedulerModel
-from support.step_checks import scheduled
+from support.step_checks import ahead_of, scheduled
 
 STOP_TOKENS = frozenset({1})
 TENANTS = ["", "t", "u"]
@@ -123,6 +124,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         if accident == "abort" and self.model.live:
             self.abort(data)
         self.model.advance(schedule, tokens)
+
+    @rule(data=st.data(), count=st.integers(1, 12), tokens=st.lists(st.integers(0, 40), min_size=5, max_size=5))
+    def run_ahead(self, data: st.DataObject, count: int, tokens: list[int]) -> None:
+        """Runs steps of which each is laid out before the one before is booked, as far as that goes; some abort."""
+        following: Schedule | None = None
+        for _ in range(count):
+            schedule = following or scheduled(self.model)
+            following = ahead_of(self.model, schedule, tokens)
+            self.model.advance(schedule, tokens)
+            self.model.check_nothing_is_leaked_or_lost()
+            aborts: bool = data.draw(st.booleans())
+            if aborts and self.model.live:
+                self.abort(data)
+        if following is not None:
+            self.model.advance(following, tokens)
 
     @precondition(lambda self: self.model.live)
     @rule(data=st.data())

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from chorus.engine import engine as engine_room
 from chorus.engine import graphs
 from chorus.engine import messages as m
+from chorus.engine.evaluate import launch
 from chorus.engine.graphs import CudaGraphs
 from chorus.engine.runner import Runner
 from support.engines import make_engine, reference, run
@@ -18,8 +20,9 @@ pytestmark = pytest.mark.gpu
 NEW_TOKENS = 12
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3-longrope", "gpt2"])
-def test_rows_of_replayed_steps_equal_the_solo_run(tmp_path: Path, family: str) -> None:
+def test_rows_of_replayed_steps_equal_the_solo_run(tmp_path: Path, family: str, overlap: bool) -> None:
     base = save_base(tmp_path / "base", family)
     adapters = [None, save_adapter(base, tmp_path / "a", 1, r=4), save_adapter(base, tmp_path / "b", 2, r=40)]
     generator = torch.Generator().manual_seed(3)
@@ -30,7 +33,8 @@ def test_rows_of_replayed_steps_equal_the_solo_run(tmp_path: Path, family: str) 
         folder = adapters[i % 3]
         submit = m.Submit(i, tuple(prompt), sampling, reference(base, folder) if folder else None)
         arrivals.setdefault(3 * i, []).append(submit)
-    engine = make_engine(base, block_size=16, max_step_tokens=64, device="cuda", record=CudaGraphs())
+    recorded: dict[str, Any] = {"record": CudaGraphs(), "overlap": overlap}
+    engine = make_engine(base, block_size=16, max_step_tokens=64, device="cuda", **recorded)
     got = run(engine, arrivals)
     for i, prompt in enumerate(prompts):
         tokens, gap = solo_greedy(base, adapters[i % 3], prompt, NEW_TOKENS)
@@ -43,12 +47,12 @@ def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.Monkey
     forward, replays = Runner.forward, list[torch.Tensor]()
     recorded = graphs.DecodeGraphs.run
 
-    def without_waiting(self: Runner, layout: Any) -> torch.Tensor:
+    def without_waiting(self: Runner, *batch: Any) -> torch.Tensor:
         if len(replays) < 2:  # compiling and recording may wait
-            return forward(self, layout)
+            return forward(self, *batch)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return forward(self, layout)
+            return forward(self, *batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -67,3 +71,37 @@ def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.Monkey
     engine = make_engine(base, block_size=16, max_step_tokens=64, device="cuda", record=CudaGraphs())
     run(engine, {0: submits[:2], 20: submits[2:]})
     assert len(replays) > 20
+
+
+@pytest.mark.parametrize("record", [None, CudaGraphs], ids=["launch by launch", "graphs"])
+def test_no_step_that_is_launched_behind_another_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Any
+) -> None:
+    """Nor does its drawing; the tokens are those of steps one after the other."""
+    behind = list[int]()
+
+    def without_waiting(*arguments: Any) -> Any:
+        if arguments[-1] is None:
+            return launch(*arguments)
+        behind.append(len(behind))
+        if len(behind) < 10:  # compiling and recording may wait
+            return launch(*arguments)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(engine_room, "launch", without_waiting)
+    base = save_base(tmp_path / "base", "llama")
+    adapter = reference(base, save_adapter(base, tmp_path / "a", 1, r=4))
+    ways: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "min_p": 0.05}]
+    sampling = [m.Sampling(40, seed=i, ignore_eos=True, **ways[i % 3]) for i in range(6)]
+    submits: list[m.Command] = [m.Submit(i, tuple(range(3 + i, 12)), way, adapter) for i, way in enumerate(sampling)]
+    outputs = []
+    for overlap in (False, True):
+        graphs_of = record() if record is not None else None
+        engine = make_engine(base, block_size=16, max_step_tokens=64, device="cuda", record=graphs_of, overlap=overlap)
+        outputs.append(run(engine, {0: submits}).outputs)
+    assert outputs[0] == outputs[1]
+    assert len(behind) > 30

@@ -56,6 +56,7 @@ def make_engine(
     target_step_s: float | None = None,
     device: str = "cpu",
     record: Record | None = None,
+    overlap: bool = False,
     wake: Callable[[], None] = lambda: None,
 ) -> Engine:
     """An fp32 engine whose prefills take several chunks."""
@@ -72,6 +73,7 @@ def make_engine(
         prefix_cache=prefix_cache,
         target_step_s=target_step_s,
         record=record,
+        overlap=overlap,
         on_ready=wake,
     )
 

@@ -4,6 +4,7 @@ Says what it finds by failing. Everything is worked out from the model's tokens 
 """
 
 from collections import Counter
+from copy import deepcopy
 
 from chorus.engine.schedule import Chunk, Schedule
 from chorus.engine.sequence import Sequence
@@ -13,6 +14,34 @@ from support.scheduler_model import Expected, SchedulerModel
 def scheduled(model: SchedulerModel) -> Schedule:
     """Lays out the next step of the model's scheduler, and checks it against the state before."""
     return StepChecks(model).schedule()
+
+
+def ahead_of(model: SchedulerModel, schedule: Schedule, tokens: list[int]) -> Schedule | None:
+    """Lays out the step after one that runs and will draw these tokens, if the model's scheduler can.
+
+    Where no token ends anybody it has to be the step that a twin lays out who knows the tokens.
+    """
+    twin, twins = deepcopy((model, schedule))
+    following = model.scheduler.ahead(schedule, model.now)
+    if following is None:
+        return None
+    assert following[1:] == ((), (), ())
+    for chunk in following.chunks:
+        model.contents.write(chunk, spoiled=True)  # it may be for nobody; else it is written again when it is booked
+    twin.advance(twins, tokens)
+    if twin.live.keys() == {chunk.seq.key for chunk in following.chunks} | {e.seq.key for e in waiting_in(model)}:
+        expected = twin.scheduler.schedule(twin.now)
+        assert _work(following) == _work(expected)
+        assert expected[1:] == ((), (), ())
+    return following
+
+
+def waiting_in(model: SchedulerModel) -> list[Expected]:
+    return [e for e in model.live.values() if not e.seq.blocks]
+
+
+def _work(schedule: Schedule) -> list[tuple[object, ...]]:
+    return [(c.seq.key, c.start, c.count, c.samples, c.seq.slot, len(c.seq.blocks)) for c in schedule.chunks]
 
 
 class StepChecks:
@@ -141,7 +170,7 @@ class StepChecks:
 
     def waiting(self) -> list[Expected]:
         """Those in the queue whose adapter is there."""
-        waiting = [e for e in self.model.live.values() if not e.seq.blocks]
+        waiting = waiting_in(self.model)
         return [e for e in waiting if e.seq.adapter is None or e.seq.adapter.digest in self.resident]
 
     def leaders(self, waiting: Expected) -> set[Sequence]:

@@ -83,6 +83,15 @@ class Admission:
             if group.queue:
                 insort(heads, (rank(group.queue.first), group))
 
+    def is_closed(self, leaving: int) -> bool:
+        """Whether nobody joins the next step, so many running ones having left: there is nobody, or no row for them."""
+        if len(self._requests) == len(self._running):
+            return True
+        heads = self.waiting.heads()
+        if leaving or self._running.has_row() or not heads or self.waiting.has_aside:
+            return False
+        return not self._running.less_important(heads[0][1].queue.first.priority)
+
     def send_back(self, seq: Sequence, now: float) -> None:
         """A running one to the front of its priority's queue: its tokens stay, what was computed of them is lost."""
         self._running.stop(seq)

@@ -23,5 +23,6 @@ def engine_of(
         prefix_cache=config.prefix_cache == "tenant",
         target_step_s=None if config.target_step_ms is None else config.target_step_ms / 1e3,
         record=CudaGraphs() if base.device.type == "cuda" and config.cuda_graphs == "auto" else None,
+        overlap=base.device.type == "cuda" and config.overlap == "auto",
         on_ready=on_ready,
     )

@@ -1,28 +1,32 @@
 """The engine: one step is one turn of the whole machine, and reads like the README's walk of a request."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from chorus import failpoints
 from chorus.adapters import kinds
-from chorus.adapters.checks import CheckOutcome, Checks, check
+from chorus.adapters.checks import Checks, check
 from chorus.adapters.digest import read_verified
 from chorus.adapters.pool import AdapterPool
 from chorus.adapters.records import CheckedAdapter
 from chorus.adapters.residency import NO_ADAPTER_ROOM, LoadedHost, LoadOutcome, Residency
 from chorus.engine import blame
 from chorus.engine import messages as m
-from chorus.engine.evaluate import Drawn, evaluate
+from chorus.engine.evaluate import Launched, launch
+from chorus.engine.events import checked, failed, told
+from chorus.engine.flight import Flight
 from chorus.engine.graphs import Record
 from chorus.engine.kv_cache import BlockPool
 from chorus.engine.layout import lay_out
 from chorus.engine.memory import MemoryPlan
 from chorus.engine.runner import Runner
 from chorus.engine.sampler import NOT_FINITE
-from chorus.engine.schedule import Chunk, Sampled, Schedule
+from chorus.engine.schedule import Chunk, Schedule
 from chorus.engine.scheduler import Scheduler
-from chorus.engine.sequence import Key, outputs_of
+from chorus.engine.sequence import outputs_of
 from chorus.errors import ChorusError, DeadlineExceeded, InternalError
 from chorus.models.base import Base
 
@@ -40,8 +44,19 @@ class ResidencyGate:
         self._residency.release(adapter.digest)
 
 
+class Ended(NamedTuple):
+    """A step that has ended, how long it took, and what there is to tell of it."""
+
+    flight: Flight
+    seconds: float
+    told: list[m.Event]
+
+
 class Engine:
-    """Owns the base model, the KV cache, the device's adapters and all sequences. Not thread-safe: one thread steps."""
+    """Owns the base model, the KV cache, the device's adapters and all sequences. Not thread-safe: one thread steps.
+
+    With `overlap` a step computes while the one before it is booked and told of (`engine.flight`).
+    """
 
     def __init__(
         self,
@@ -55,6 +70,7 @@ class Engine:
         prefix_cache: bool = True,
         target_step_s: float | None = None,
         record: Record | None = None,
+        overlap: bool = False,
         on_ready: Callable[[], None] = lambda: None,
     ) -> None:
         self._eos = base.facts.eos_token_ids
@@ -76,12 +92,16 @@ class Engine:
             target_step_s=target_step_s,
         )
         self._runner = Runner(base, pool, kv_blocks=memory.kv_blocks, block_size=memory.block_size, record=record)
+        self._in_flight = int(overlap)  # steps that the end of a turn leaves to the device
+        self._flights: deque[Flight] = deque()
+        self._ended_at = 0.0
         self._counted = (0, 0, 0)  # evictions, hits and evicted pages that earlier steps have reported
 
     @property
     def has_work(self) -> bool:
-        """True while a step would run something; False when only a command or a finished load can bring work."""
-        return self.scheduler.running > 0 or self.scheduler.waiting > self.scheduler.waiting_for_adapter
+        """True while a turn would do something; False when only a command or a finished load can bring work."""
+        scheduler = self.scheduler
+        return bool(self._flights) or scheduler.running > 0 or scheduler.waiting > scheduler.waiting_for_adapter
 
     @property
     def has_waiting(self) -> bool:
@@ -89,26 +109,27 @@ class Engine:
         return self.scheduler.waiting > 0 or any(r.slot is None for r in self.residency.residents())
 
     def step(self, commands: Iterable[m.Command]) -> m.StepEvents:
-        """Takes the commands in, runs the base once over what the scheduler chose, tells what came of it."""
+        """Takes the commands in, runs the base once over what the scheduler chose, tells what came of it.
+
+        Where steps overlap, it tells what came of the step before.
+        """
         began = time.monotonic()
         events: list[m.Event] = []
         for command in commands:
             self._apply(command, began, events)
         for outcome in self.residency.advance():
             self._report_load(outcome, events)
-        events += map(_checked, self._checks.advance())
-        schedule = self.scheduler.schedule(began)
-        events += [_failed(request_id, DeadlineExceeded("the deadline passed")) for request_id in schedule.expired]
-        events += [m.Started(seq.request_id, began, seq.adapter_wait, seq.computed) for seq in schedule.started]
-        for seq in schedule.started:
-            if seq.adapter:
-                self.residency.count_start(seq.adapter.digest, waited=seq.adapter_wait > 0)
-        slots = schedule.slots()
-        ready = time.monotonic()
-        told = self._run(schedule) if schedule.chunks else []
-        self.scheduler.cost.observe(schedule.work(), time.monotonic() - ready)
-        stats = self._stats(schedule, slots, told, began)
-        return m.StepEvents((*events, *told), stats, ran=bool(schedule.chunks))
+        events += map(checked, self._checks.advance())
+        schedule, ended = self._ahead(began), None
+        if schedule is None:
+            ended = self._end(events, leave=0)
+            schedule = self.scheduler.schedule(began)
+        self._report_schedule(schedule, began, events)
+        if schedule.chunks:
+            before = self._flights[-1] if self._flights else None
+            self._flights.append(Flight(schedule, began, self._launch, before))
+        ended = self._end(events, leave=self._in_flight) or ended
+        return m.StepEvents(tuple(events), self._stats(schedule, ended, began), ran=ended is not None)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when pages, references or rank rows do not add up."""
@@ -119,26 +140,45 @@ class Engine:
         self.residency.close()
         self._checks.close()
 
-    def _run(self, schedule: Schedule) -> list[m.Event]:
-        """Computes what was scheduled and books it; a request that can not be computed fails, the others go on."""
-        drawn, guilty = blame.run(schedule.chunks, self._compute)
+    def _ahead(self, now: float) -> Schedule | None:
+        """The step behind the one in flight, if that can be launched before it ends."""
+        flight = self._flights[-1] if self._flights else None
+        return self.scheduler.ahead(flight.schedule, now) if flight and flight.launched else None
+
+    def _launch(self, chunks: Sequence[Chunk], before: Launched | None) -> Launched:
+        layout = lay_out(chunks, before.layout.sampled if before else ())
+        failpoints.hit("engine.forward", layout.token_ids)
+        return launch(self._runner, layout, self._eos, before)
+
+    def _end(self, events: list[m.Event], *, leave: int) -> Ended | None:
+        """Ends the first of more than so many steps in flight, and adds to the events what came of it."""
+        if len(self._flights) <= leave:
+            return None
+        flight = self._flights.popleft()
+        news = self._book(flight)
+        events += news
+        now, before = time.monotonic(), self._ended_at
+        self.scheduler.cost.observe(flight.schedule.work(), now - max(flight.launched_at, before))
+        self._ended_at = now
+        return Ended(flight, now - max(flight.began, before), news)
+
+    def _book(self, flight: Flight) -> list[m.Event]:
+        """Waits for a step and books it; a request that can not be computed fails, the others go on."""
+        chunks = self.scheduler.still_running(flight.schedule)
+        drawn, guilty = blame.run(chunks, flight.compute)
         events: list[m.Event] = []
         for request_ids, error in guilty:
             events += self._fail(request_ids, blame.charge(error))
-        not_finite = [request_id for (request_id, _), it in drawn.items() if it.token == NOT_FINITE]
+        tokens = {chunk.seq.key: drawn[chunk.seq.key].token for chunk in chunks if chunk.seq.key in drawn}
+        not_finite = [request_id for (request_id, _), token in tokens.items() if token == NOT_FINITE]
         events += self._fail(not_finite, InternalError("the model's output is not finite", reason="NOT_FINITE"))
-        for sampled in self.scheduler.advance(schedule, {key: it.token for key, it in drawn.items()}):
-            events += _told(sampled, drawn.get(sampled.seq.key))
+        for sampled in self.scheduler.advance(flight.schedule, tokens):
+            events += told(sampled, drawn.get(sampled.seq.key))
         return events
-
-    def _compute(self, chunks: Sequence[Chunk]) -> dict[Key, Drawn]:
-        layout = lay_out(chunks)
-        failpoints.hit("engine.forward", layout.token_ids)
-        return evaluate(self._runner, layout, self._eos).tokens
 
     def _fail(self, request_ids: Iterable[int], error: ChorusError) -> list[m.Event]:
         """Ends those requests that are still here, all outputs of each with one event."""
-        return [_failed(request_id, error) for request_id in self.scheduler.fail(request_ids)]
+        return [failed(request_id, error) for request_id in self.scheduler.fail(request_ids)]
 
     def _apply(self, command: m.Command, now: float, events: list[m.Event]) -> None:
         match command:
@@ -146,7 +186,7 @@ class Engine:
                 try:
                     self.scheduler.add(outputs_of(command, now), now)
                 except ChorusError as error:
-                    events.append(_failed(command.request_id, error))
+                    events.append(failed(command.request_id, error))
             case m.Abort(request_id, index):
                 self.scheduler.abort(request_id, index)
             case m.Load(adapter):
@@ -169,6 +209,13 @@ class Engine:
             return
         self.residency.request(adapter.digest, adapter.path)
 
+    def _report_schedule(self, schedule: Schedule, now: float, events: list[m.Event]) -> None:
+        events += [failed(request_id, DeadlineExceeded("the deadline passed")) for request_id in schedule.expired]
+        events += [m.Started(seq.request_id, now, seq.adapter_wait, seq.computed) for seq in schedule.started]
+        for seq in schedule.started:
+            if seq.adapter:
+                self.residency.count_start(seq.adapter.digest, waited=seq.adapter_wait > 0)
+
     def _report_load(self, outcome: LoadOutcome, events: list[m.Event]) -> None:
         error = outcome.error
         if error is None:
@@ -176,7 +223,7 @@ class Engine:
             return
         events.append(m.LoadFailed(outcome.digest, error.code, error.reason, error.message, error.retry_after_s))
         if error.reason != NO_ADAPTER_ROOM:  # whoever waits for room asks again
-            events += [_failed(request_id, error) for request_id in self.scheduler.fail_adapter(outcome.digest)]
+            events += [failed(request_id, error) for request_id in self.scheduler.fail_adapter(outcome.digest)]
 
     def _residency_report(self, query_id: int) -> m.ResidencyReport:
         return m.ResidencyReport(
@@ -193,15 +240,18 @@ class Engine:
             kv_blocks_used=self.blocks.num_blocks - self.blocks.free_count,
         )
 
-    def _stats(self, schedule: Schedule, slots: set[int], told: list[m.Event], began: float) -> m.StepStats:
+    def _stats(self, schedule: Schedule, ended: Ended | None, began: float) -> m.StepStats:
+        """Of the step that has ended in this turn, if one has, and of what was scheduled and is there now."""
+        chunks = ended.flight.schedule.chunks if ended else ()
+        slots = ended.flight.slots if ended else set()
         residents, graphs = self.residency.residents(), self._runner.graphs
         evictions, hits, pages = self._counted
         self._counted = (self.residency.evictions, self.residency.hits, self.blocks.evictions)
         return m.StepStats(
-            seconds=time.monotonic() - began,
-            rows=len(schedule.chunks),
-            prompt_tokens=sum(max(min(c.start + c.count, len(c.seq.prompt)) - c.start, 0) for c in schedule.chunks),
-            generated_tokens=sum(len(event.token_ids) for event in told if isinstance(event, m.Tokens)),
+            seconds=ended.seconds if ended else time.monotonic() - began,
+            rows=len(chunks),
+            prompt_tokens=sum(max(min(c.start + c.count, len(c.seq.prompt)) - c.start, 0) for c in chunks),
+            generated_tokens=sum(len(e.token_ids) for e in (ended.told if ended else ()) if isinstance(e, m.Tokens)),
             distinct_adapters=len(slots),
             kinds=self.residency.kinds_of(slots),
             preemptions=len(schedule.preempted),
@@ -217,7 +267,7 @@ class Engine:
             resident_device=sum(r.slot is not None for r in residents),
             resident_host=sum(r.host is not None for r in residents),
             pinned=sum(r.pinned for r in residents),
-            launches=graphs.take_launches() if graphs is not None else {},
+            launches=graphs.take_launches() if ended and graphs is not None else {},
             graphs=graphs.held if graphs is not None else 0,
         )
 
@@ -248,24 +298,3 @@ def _loader(base: Base, max_rank: int) -> Callable[[str, str], LoadedHost]:
         return LoadedHost(adapter, stages)
 
     return load
-
-
-def _told(sampled: Sampled, drawn: Drawn | None) -> Iterator[m.Event]:
-    """What the front end hears of a sequence's new token, or of the end of one that asked for none."""
-    seq, finish = sampled
-    if seq.sampling.prompt_logprobs is not None and len(seq.output) <= 1:
-        yield m.PromptLogprobs(seq.request_id, tuple(seq.prompt_logprobs))
-    logprobs = (drawn.logprob,) if drawn and drawn.logprob else ()
-    yield m.Tokens(seq.request_id, tuple(seq.output[-1:]), finish, seq.index, logprobs, first=len(seq.output) == 1)
-
-
-def _checked(outcome: CheckOutcome) -> m.Event:
-    found = outcome.found
-    if not isinstance(found, ChorusError):
-        return m.Checked(outcome.check_id, found)
-    fields = tuple((violation.field, violation.description) for violation in found.violations)
-    return m.CheckFailed(outcome.check_id, found.code, found.reason, found.message, found.retry_after_s, fields)
-
-
-def _failed(request_id: int, error: ChorusError) -> m.Failed:
-    return m.Failed(request_id, error.code, error.reason, error.message, error.retry_after_s)

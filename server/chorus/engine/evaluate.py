@@ -1,6 +1,7 @@
 """Runs the base over a step's rows and says what came of it: new tokens, their log-probabilities, the prompts'.
 
-Changes nothing until it returns, so a step that failed can be run again, whole or in parts, with the same result.
+`launch` gives a step to the device, `read` says what came of it. Nothing is changed until `read` returns, so a step
+that failed can be run again, whole or in parts, with the same result.
 """
 
 from typing import NamedTuple
@@ -11,8 +12,9 @@ from torch import Tensor
 from chorus.engine.layout import Layout
 from chorus.engine.logprobs import Wanted, is_finite, logprobs_of
 from chorus.engine.messages import TokenLogprob
+from chorus.engine.readback import Readback
 from chorus.engine.runner import Runner
-from chorus.engine.sampler import NOT_FINITE, sample
+from chorus.engine.sampler import NOT_FINITE, draw, needs_host
 from chorus.engine.sequence import Key
 
 
@@ -23,30 +25,60 @@ class Drawn(NamedTuple):
     logprob: TokenLogprob | None
 
 
-class Evaluation(NamedTuple):
-    """What each sequence that samples has drawn.
+class Launched:
+    """A step that has been given to the device. `read` waits for it.
 
-    The token is `NOT_FINITE` where the row that it should be drawn from is not finite, or one that scores the prompt; a
-    sequence that has such a row is here even if it does not sample yet. It has to fail.
+    `drawn` [S] are the tokens of `layout.sampled` on the device, for the rows of the next step; None where that can not
+    be laid out before this one is read, because the host has a part in it.
     """
 
-    tokens: dict[Key, Drawn]
+    def __init__(self, layout: Layout, logits: Tensor, tokens: Tensor) -> None:
+        self.layout = layout
+        self.drawn = None if _needs_host(layout, logits.shape[-1]) else tokens
+        # A graph's logits are its next replay's, so nobody looks at them once the next step is launched.
+        self._logits = logits if self.drawn is None else None
+        self._tokens = Readback(tokens)
+
+    def read(self) -> dict[Key, Drawn]:
+        """What each sequence that samples has drawn; adds to `prompt_logprobs` what was scored.
+
+        The token is `NOT_FINITE` where the row that it should be drawn from is not finite, or one that scores the
+        prompt; a sequence that has such a row is here even if it does not sample yet. It has to fail.
+
+        Raises whatever the device raises; `prompt_logprobs` are as they were then.
+        """
+        tokens = self._tokens.read()
+        if self._logits is None:
+            return {chunk.seq.key: Drawn(token, None) for chunk, token in zip(self.layout.sampled, tokens, strict=True)}
+        scores = _score(self._logits, self.layout)
+        drawn = _with_logprobs(self._logits, tokens, self.layout)
+        for scored, logprobs in zip(self.layout.scored, scores, strict=True):
+            if is_finite(logprobs):
+                scored.seq.prompt_logprobs += logprobs
+            else:
+                drawn[scored.seq.key] = Drawn(NOT_FINITE, None)
+        return drawn
 
 
-def evaluate(runner: Runner, layout: Layout, eos_token_ids: frozenset[int]) -> Evaluation:
-    """One step: computes all rows, draws a token for each that samples, adds to `prompt_logprobs` what was scored.
+@torch.inference_mode()
+def launch(runner: Runner, layout: Layout, eos_token_ids: frozenset[int], before: Launched | None = None) -> Launched:
+    """Computes all rows of a step and draws a token for each that samples, as far as that goes without waiting.
 
-    Raises whatever the forward pass raises; `prompt_logprobs` are as they were then.
+    `before` is the step that the layout's `carried` tokens are drawn in. Raises whatever the forward pass raises.
     """
-    logits = runner.forward(layout)
-    scores = _score(logits, layout)
-    tokens = _draw(logits, layout, eos_token_ids)
-    for scored, logprobs in zip(layout.scored, scores, strict=True):
-        if is_finite(logprobs):
-            scored.seq.prompt_logprobs += logprobs
-        else:
-            tokens[scored.seq.key] = Drawn(NOT_FINITE, None)
-    return Evaluation(tokens)
+    drawn = before.drawn if before else None
+    logits = runner.forward(layout, drawn)
+    sequences = [chunk.seq for chunk in layout.sampled]
+    tokens = draw(_sampled_rows(logits, layout), sequences, eos_token_ids, ahead=int(drawn is not None))
+    return Launched(layout, logits, tokens)
+
+
+def _needs_host(layout: Layout, vocabulary: int) -> bool:
+    """Whether the step, or one more token of each that samples, takes the host to compute."""
+    sequences = [chunk.seq for chunk in layout.sampled]
+    return bool(layout.scored) or any(
+        seq.sampling.logprobs is not None or needs_host(seq, vocabulary) for seq in sequences
+    )
 
 
 def _score(logits: Tensor, layout: Layout) -> list[list[TokenLogprob]]:
@@ -64,9 +96,8 @@ def _score(logits: Tensor, layout: Layout) -> list[list[TokenLogprob]]:
     return [[next(entries) for _ in scored.positions] for scored in layout.scored]
 
 
-def _draw(logits: Tensor, layout: Layout, eos_token_ids: frozenset[int]) -> dict[Key, Drawn]:
+def _with_logprobs(logits: Tensor, tokens: list[int], layout: Layout) -> dict[Key, Drawn]:
     sequences = [chunk.seq for chunk in layout.sampled]
-    tokens = sample(_sampled_rows(logits, layout), sequences, eos_token_ids)
     asking = [i for i, seq in enumerate(sequences) if seq.sampling.logprobs is not None and tokens[i] != NOT_FINITE]
     wanted = [Wanted(layout.sampled_at[i], tokens[i], sequences[i].sampling.logprobs or 0) for i in asking]
     logprobs = dict(zip(asking, logprobs_of(logits, wanted), strict=True))

@@ -95,11 +95,13 @@ class StaticStep:
         if shape.low_rank is not None:
             self.deltas = StaticPlans(pool, pool.linears_used[: shape.linears], shape.low_rank, device)
 
-    def write(self, layout: Layout, is_long: Sequence[bool]) -> None:
+    def write(self, layout: Layout, is_long: Sequence[bool], drawn: Tensor | None = None) -> None:
         """On the current stream and without waiting."""
         inputs = torch.zeros(3, self._rows, dtype=torch.int64, pin_memory=self._inputs.is_cuda)
-        inputs[:, : len(layout.rows)] = torch.tensor([layout.token_ids, layout.positions, is_long])
+        inputs[:, : len(layout.rows)] = torch.tensor([layout.carried or layout.token_ids, layout.positions, is_long])
         self._inputs.copy_(inputs, non_blocking=True)
+        if drawn is not None:
+            self.token_ids.copy_(carry(drawn, self.token_ids))
         self.attention.rewrite(self._filled(layout.rows))
         if self.deltas is not None:
             self.deltas.write(layout.segments)
@@ -134,7 +136,7 @@ class DecodeGraphs:
         launches, self._launches = self._launches, Counter()
         return dict(launches)
 
-    def run(self, layout: Layout, is_long: Sequence[bool]) -> Tensor | None:
+    def run(self, layout: Layout, is_long: Sequence[bool], drawn: Tensor | None = None) -> Tensor | None:
         """The batch's logits; None where it is not of decodes alone, or its shape has no graph."""
         shape = shape_of(layout, self._pool)
         launch = shape if isinstance(shape, Launch) else self._prepare(shape, layout, is_long)
@@ -143,7 +145,7 @@ class DecodeGraphs:
             return None
         self._kept.move_to_end(shape)
         step, replay = self._kept[shape]
-        step.write(layout, is_long)
+        step.write(layout, is_long, drawn)
         return replay()[: len(layout.rows)]
 
     def _prepare(self, shape: Shape, layout: Layout, is_long: Sequence[bool]) -> Launch:
@@ -174,6 +176,14 @@ class DecodeGraphs:
         seconds = round(time.monotonic() - began, 3)
         log.info("recorded a graph of decode steps", extra={"shape": str(shape), "seconds": seconds})
         return Launch.RECORDED
+
+
+def carry(drawn: Tensor, places: Tensor) -> Tensor:
+    """The tokens at `places` of those that a step drew, as the next one reads them.
+
+    NOT_FINITE becomes a token like any other: what is computed from it is thrown away, but must be computable.
+    """
+    return drawn.index_select(0, places).clamp(min=0)
 
 
 def shape_of(layout: Layout, pool: AdapterPool) -> Shape | Literal[Launch.PROMPT, Launch.ADAPTER]:

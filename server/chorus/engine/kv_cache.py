@@ -109,6 +109,12 @@ class BlockPool:
             seq.blocks.append(block)
         return True
 
+    def allocate_for_all(self, lengths: Sequence[tuple[sequence.Sequence, int]]) -> bool:
+        """`allocate_for` each sequence and its new length; takes nothing and says False where that is too much."""
+        if sum(self.blocks_for(length) - len(seq.blocks) for seq, length in lengths) > self.free_count:
+            return False
+        return all(self.allocate_for(seq, length) for seq, length in lengths)
+
     def keep(self, block: int, key: bytes) -> None:
         """From now on an owned block, full and computed, is found by what it holds."""
         replaced = self._prefixes.add(block, key)

@@ -36,9 +36,13 @@ class Layout(NamedTuple):
 
     `sampled` lists the chunks that sample, in row order; the logits of `sampled[i]` are row `sampled_at[i]` of L.
     `lengths` says for each entry of `rows` how many tokens its sequence has, those still to compute among them.
+
+    Of a step behind one that has not ended, `carried` says for each row which of the tokens drawn there is its own, and
+    `token_ids` are zeros. It is empty where the tokens are known.
     """
 
     token_ids: list[int]
+    carried: list[int]
     positions: list[int]
     rows: list[AttentionRow]
     lengths: list[int]
@@ -50,8 +54,13 @@ class Layout(NamedTuple):
     scored: list[Scored]
 
 
-def lay_out(chunks: Sequence[Chunk]) -> Layout:
-    """Sorts chunks by adapter slot and lays their tokens out row by row; within an adapter they keep their order."""
+def lay_out(chunks: Sequence[Chunk], before: Sequence[Chunk] = ()) -> Layout:
+    """Sorts chunks by adapter slot and lays their tokens out row by row; within an adapter they keep their order.
+
+    Behind the chunks `before`, whose draws are not known, each chunk is of the one token that its sequence draws there.
+    """
+    draws = {chunk.seq: i for i, chunk in enumerate(before)}
+    carried: list[int] = []
     chunks = sorted(chunks, key=lambda chunk: chunk.seq.slot)
     token_ids: list[int] = []
     positions: list[int] = []
@@ -62,7 +71,11 @@ def lay_out(chunks: Sequence[Chunk]) -> Layout:
     scored: list[Scored] = []
     for chunk in chunks:
         first, logits_before = len(token_ids), len(logit_rows)
-        token_ids += chunk.seq.token_slice(chunk.start, chunk.count)
+        if before:
+            carried.append(draws[chunk.seq])
+            token_ids.append(0)
+        else:
+            token_ids += chunk.seq.token_slice(chunk.start, chunk.count)
         positions += range(chunk.start, chunk.start + chunk.count)
         rows.append(AttentionRow(first, len(token_ids), chunk.start + chunk.count, chunk.seq.blocks))
         if untold := chunk.seq.untold_rows(chunk.start, chunk.count):
@@ -74,9 +87,10 @@ def lay_out(chunks: Sequence[Chunk]) -> Layout:
         logit_counts.append((chunk.seq.slot, len(logit_rows) - logits_before))
     return Layout(
         token_ids=token_ids,
+        carried=carried,
         positions=positions,
         rows=rows,
-        lengths=[chunk.seq.length for chunk in chunks],
+        lengths=[max(chunk.seq.length, chunk.start + chunk.count) for chunk in chunks],
         segments=_segments((chunk.seq.slot, chunk.count) for chunk in chunks),
         logit_rows=logit_rows,
         logit_segments=_segments(logit_counts),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from chorus.adapters.pool import AdapterPool
-from chorus.engine.graphs import DecodeGraphs, Record, StaticStep
+from chorus.engine.graphs import DecodeGraphs, Record, StaticStep, carry
 from chorus.engine.layout import Layout
 from chorus.kernels import AttentionPlan, LowRankPlan
 from chorus.kernels.native import prepare
@@ -43,16 +43,21 @@ class Runner:
             )
 
     @torch.inference_mode()
-    def forward(self, layout: Layout) -> Tensor:
-        """Logits [L, V] of the layout's `logit_rows`; the keys and values of all its rows are in the cache then."""
+    def forward(self, layout: Layout, drawn: Tensor | None = None) -> Tensor:
+        """Logits [L, V] of the layout's `logit_rows`; the keys and values of all its rows are in the cache then.
+
+        `drawn` has the tokens that the layout's `carried` are places of.
+        """
         is_long = self._are_long(layout)
-        if self.graphs is not None and (replayed := self.graphs.run(layout, is_long)) is not None:
+        if self.graphs is not None and (replayed := self.graphs.run(layout, is_long, drawn)) is not None:
             return replayed
         device = self._base.device
         plan = AttentionPlan(layout.rows, self._block_size, device)
         token_ids, positions, long, logit_rows = upload(
-            layout.token_ids, layout.positions, is_long, layout.logit_rows, device=device
+            layout.carried or layout.token_ids, layout.positions, is_long, layout.logit_rows, device=device
         )
+        if drawn is not None:
+            token_ids = carry(drawn, token_ids)
         plans, head_plans = self._pool.plans(layout.segments), self._pool.plans(layout.logit_segments)
         return self._compute(plan, token_ids, positions, long, logit_rows, plans, head_plans)
 

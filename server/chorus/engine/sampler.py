@@ -4,6 +4,8 @@ Order: logit_bias, penalties, min_tokens' bans (`chorus.engine.penalties`), temp
 (`chorus.engine.filters`). Noise is one number per row, a function of (seed, position in the output) alone, never of the
 batch; it is made on the host, so it needs no generator state and survives preemption. A token is drawn by inverting the
 cumulative distribution there (`chorus.engine.inversion`).
+
+The host waits for the device only where a row `needs_host`.
 """
 
 import hashlib
@@ -19,6 +21,7 @@ from chorus.engine.filters import keep
 from chorus.engine.inversion import invert
 from chorus.engine.messages import Sampling
 from chorus.engine.sequence import Sequence
+from chorus.kernels.upload import to_device
 
 # Below this a temperature is greedy: dividing by it would overflow.
 GREEDY_TEMPERATURE = 1e-5
@@ -30,18 +33,39 @@ WIDTHS = (64, 1024)
 # Fewer than all, if all are at least so many times as many: else a sort of them all takes no longer.
 WORTHWHILE = 8
 
+Way = Callable[[Tensor, Seq[Sequence], int], Tensor]
+"""How a token is chosen for each row of logits, of sequences that have drawn so many more than are in their output."""
+
+
+def sample(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> list[int]:
+    """What `draw` draws, once it is known."""
+    tokens: list[int] = draw(logits, sequences, eos_token_ids).tolist()
+    return tokens
+
 
 @torch.inference_mode()
-def sample(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> list[int]:
-    """The next token of each row of logits [S, V]; NOT_FINITE where a row holds NaN, infinity or nothing to draw."""
+def draw(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int], *, ahead: int = 0) -> Tensor:
+    """The next token [S] of each row of logits [S, V]; NOT_FINITE where a row holds NaN, infinity or nothing to draw.
+
+    `ahead` is how many tokens each sequence has drawn that are not in its output yet: 0 if any row needs the host.
+    """
     best, tokens = logits.max(dim=-1)
     finite = torch.isfinite(best)
     others = [i for i, seq in enumerate(sequences) if not _is_likeliest(seq)]
     if others:
-        index = torch.tensor(others, device=logits.device)
+        index = _on_device(others, torch.int64, logits.device)
         rows = logits.index_select(0, index).float()
-        tokens = tokens.index_copy(0, index, _choose(rows, [sequences[i] for i in others], eos_token_ids))
-    return torch.where(finite, tokens, NOT_FINITE).tolist()
+        tokens = tokens.index_copy(0, index, _choose(rows, [sequences[i] for i in others], eos_token_ids, ahead))
+    return torch.where(finite, tokens, NOT_FINITE)
+
+
+def needs_host(seq: Sequence, vocabulary: int) -> bool:
+    """Whether drawing its next tokens takes more than numbers that are known before.
+
+    What changes logits is counted and uploaded when all tokens so far are known, and how much of the vocabulary a
+    filter has to see ranked is read from the device.
+    """
+    return penalties.changes_logits(seq) or _way(seq.sampling, vocabulary) is _draw_filtered
 
 
 def uniform(seed: int, position: int) -> float:
@@ -55,39 +79,39 @@ def _is_likeliest(seq: Sequence) -> bool:
     return seq.sampling.temperature <= GREEDY_TEMPERATURE and not penalties.changes_logits(seq)
 
 
-def _choose(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> Tensor:
+def _choose(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int], ahead: int) -> Tensor:
     """The next token of each row of float32 logits [S, V], which it changes; NOT_FINITE where nothing is left."""
     penalties.apply(logits, sequences, eos_token_ids)
-    ways: dict[Callable[[Tensor, Seq[Sequence]], Tensor], list[int]] = {}
+    ways: dict[Way, list[int]] = {}
     for row, seq in enumerate(sequences):
         ways.setdefault(_way(seq.sampling, logits.shape[-1]), []).append(row)
     tokens = torch.empty(len(sequences), dtype=torch.int64, device=logits.device)
     for choose, rows in ways.items():
-        index = torch.tensor(rows, device=logits.device)
+        index = _on_device(rows, torch.int64, logits.device)
         theirs = logits if len(ways) == 1 else logits.index_select(0, index)
-        tokens[index] = choose(theirs, [sequences[row] for row in rows])
+        tokens[index] = choose(theirs, [sequences[row] for row in rows], ahead)
     return tokens
 
 
-def _way(sampling: Sampling, vocabulary: int) -> Callable[[Tensor, Seq[Sequence]], Tensor]:
+def _way(sampling: Sampling, vocabulary: int) -> Way:
     if sampling.temperature <= GREEDY_TEMPERATURE:
         return _likeliest
     return _draw_filtered if 0 < sampling.top_k < vocabulary or sampling.top_p < 1 else _draw_of_all
 
 
-def _likeliest(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+def _likeliest(logits: Tensor, sequences: Seq[Sequence], ahead: int) -> Tensor:
     best, tokens = logits.max(dim=-1)
     return torch.where(torch.isfinite(best), tokens, NOT_FINITE)
 
 
-def _draw_of_all(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
-    return invert(_weights(logits, sequences), _noise(sequences, logits.device))
+def _draw_of_all(logits: Tensor, sequences: Seq[Sequence], ahead: int) -> Tensor:
+    return invert(_weights(logits, sequences), _noise(sequences, ahead, logits.device))
 
 
-def _draw_filtered(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+def _draw_filtered(logits: Tensor, sequences: Seq[Sequence], ahead: int) -> Tensor:
     """Ranks a few tokens of each row, and more of those rows whose filters keep more."""
     device, vocabulary = logits.device, logits.shape[-1]
-    weights, noise = _weights(logits, sequences), _noise(sequences, device)
+    weights, noise = _weights(logits, sequences), _noise(sequences, ahead, device)
     top_k = torch.tensor([seq.sampling.top_k for seq in sequences], device=device)
     top_p = _column([seq.sampling.top_p for seq in sequences], device)
     tokens = torch.full((len(sequences),), NOT_FINITE, device=device)
@@ -116,9 +140,14 @@ def _weights(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
     return weights
 
 
-def _noise(sequences: Seq[Sequence], device: torch.device) -> Tensor:
-    return _column([uniform(seq.sampling.seed, len(seq.output)) for seq in sequences], device)
+def _noise(sequences: Seq[Sequence], ahead: int, device: torch.device) -> Tensor:
+    return _column([uniform(seq.sampling.seed, len(seq.output) + ahead) for seq in sequences], device)
 
 
 def _column(values: list[float], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)
+    return _on_device(values, torch.float64, device)
+
+
+def _on_device(values: list[int] | list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Without waiting, unlike `torch.tensor(values, device=device)`."""
+    return to_device(torch.tensor(values, dtype=dtype), device)

@@ -42,6 +42,8 @@ from chorus.engine.step_cost import StepBound, StepCost
 class Scheduler:
     """Decides every step's work. `schedule` and `advance` alternate; everything else may come between any two calls.
 
+    `ahead` lays out one more before the last one has been advanced; then they are advanced in their order.
+
     No more run than a step has tokens, so there is one for each decode. Nobody is admitted to a step whose tokens are
     taken: so of each priority at most one prefill is under way at its end. A more important one goes before it.
     """
@@ -149,6 +151,31 @@ class Scheduler:
                 plan.compute(seq)
         self._admission.admit(plan)
         return Schedule(tuple(plan.chunks), tuple(plan.preempted), tuple(plan.started), tuple(expired))
+
+    def ahead(self, schedule: Schedule, now: float) -> Schedule | None:
+        """The step after one that has not been advanced; None where more than counts decides what is in it.
+
+        Counts are enough while all who run draw a token in that step and nobody can join, must leave or lacks a block.
+        Then they all decode, but for those who will have all their tokens. Who draws a token that ends it has a chunk
+        here for nothing: `advance` passes it over.
+        """
+        drawing = {chunk.seq for chunk in schedule.chunks if chunk.samples and chunk.start == chunk.seq.computed}
+        running = self._running.by_importance()
+        decodes = [seq for seq in running if seq.length + 1 < seq.max_length]
+        if (
+            not decodes
+            or not drawing.issuperset(running)
+            or not self._admission.is_closed(leaving=len(running) - len(decodes))
+            or any(seq.length == self._short_length for seq in decodes)
+            or self._requests.expired(now)
+            or not self._pool.allocate_for_all([(seq, seq.length + 1) for seq in decodes])
+        ):
+            return None
+        return Schedule(tuple(Chunk(seq, seq.length, 1, samples=True) for seq in decodes), (), (), ())
+
+    def still_running(self, schedule: Schedule) -> list[Chunk]:
+        """A step's chunks, without those of sequences that have gone since."""
+        return [chunk for chunk in schedule.chunks if chunk.seq in self._running]
 
     def advance(self, schedule: Schedule, tokens: Mapping[Key, int]) -> list[Sampled]:
         """Books a step that has run: `tokens` maps the key of each chunk's sequence that samples to its new token.

@@ -88,6 +88,11 @@ class WaitingQueue:
         """Sequences whose adapter was missing when they were last in turn."""
         return sum(len(group.queue) for group in self._groups.values() if group.missing)
 
+    @property
+    def has_aside(self) -> bool:
+        """Whether anybody waits out of turn."""
+        return any(True for _ in self._aside)
+
     def push(self, seq: Sequence, now: float) -> None:
         self._groups.setdefault(_digest(seq), WaitingGroup()).add(seq, now)
 

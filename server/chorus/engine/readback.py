@@ -1,0 +1,25 @@
+"""From the device to the host, beside whatever the device is given meanwhile."""
+
+import torch
+from torch import Tensor
+
+
+class Readback:
+    """A device's integers on their way to the host, from the moment that the device has them."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host = tensor
+        self._arrived: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            # Into pageable memory the copy would wait for the device.
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list[int]:
+        """Waits for them, and for nothing that the device was given later."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        values: list[int] = self._host.tolist()
+        return values
