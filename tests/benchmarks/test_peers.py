@@ -41,9 +41,7 @@ def test_a_contestant_that_dies_is_an_error_and_no_figure(modules: Path) -> None
 
 def test_what_is_no_checkout_is_said_before_anything_runs(tmp_path: Path) -> None:
     (tmp_path / "server").mkdir()
-    with pytest.raises(
-        FileNotFoundError, match="it has no benchmarks, protos, kernels, trainer"
-    ):
+    with pytest.raises(FileNotFoundError, match="it has no benchmarks, protos, kernels, trainer"):
         Checkout(tmp_path)
 
 
