@@ -3,6 +3,9 @@ their own, which `tests/kernels/test_interpreter.py` starts; elsewhere nothing i
 
 The interpreter keeps bfloat16 as uint16, and multiplies and rounds those integers: its dot errs by 1e10, its rounding
 cuts off. Both are put right here. Arithmetic on bfloat16 elsewhere stays wrong: kernels turn it into float32 first.
+
+It also puts its own functions in the place of the language's for each call of a function, a millisecond each time and
+a quarter of all. Here they stay.
 """
 
 import os
@@ -28,6 +31,7 @@ def float_to_bf16(value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 if INTERPRETED:
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     plain_dot, plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
@@ -46,6 +50,24 @@ if INTERPRETED:
 
     InterpreterBuilder.create_dot = dot
     InterpreterBuilder.cast_impl = cast
+
+    plain_patch = interpreter._patch_lang
+    patched: set[int] = set()
+
+    class Kept:
+        """Stands for what would be undone after a call."""
+
+        def restore(self) -> None:
+            pass
+
+    def patch_once(function: Any) -> Kept:
+        """For all functions of a module: they see the same languages."""
+        if id(function.__globals__) not in patched:
+            plain_patch(function)
+            patched.add(id(function.__globals__))
+        return Kept()
+
+    interpreter._patch_lang = patch_once
 
 
 @pytest.fixture(autouse=True)
