@@ -20,79 +20,7 @@ float32 takes input_precision="ieee": tf32 would be 1e-3 off.
 import triton
 import triton.language as tl
 
-PAGE_ROWS = tl.constexpr(8)
-TILE_FIELDS = tl.constexpr(7)
-
-
-@triton.jit
-def _of_member(first, second, third, MEMBERS: tl.constexpr):
-    """What belongs to member pid 2."""
-    value = first
-    if MEMBERS > 1:
-        value = tl.where(tl.program_id(2) == 1, second, value)
-    if MEMBERS > 2:
-        value = tl.where(tl.program_id(2) == 2, third, value)
-    return value
-
-
-@triton.jit
-def _tile(tiles_ptr):
-    """Tile number pid 0: row, rows, its first entry in the page table, rank lanes, its first column of s."""
-    at = tiles_ptr + tl.program_id(0) * TILE_FIELDS
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
-
-
-@triton.jit
-def _between(s, mid_bias_ptr, pool_row, lane, rank, tiles_ptr, ACTIVATED: tl.constexpr):
-    """act(s + mid_bias) for s [R] or [M, R], 0 past the rank; codes are `types.Activation`'s. NaN stays NaN."""
-    if mid_bias_ptr is not None:
-        s += tl.load(mid_bias_ptr + pool_row, mask=lane < rank, other=0.0)
-    if ACTIVATED:
-        code = tl.load(tiles_ptr + tl.program_id(0) * TILE_FIELDS + 5)
-        if code == 1:
-            s = tl.where(s < 0, 0.0, s)
-        elif code == 2:
-            s = 0.5 * s * (1 + tl.erf(s * 0.7071067811865476))
-        elif code == 3:
-            s = 0.5 * s * (1 + _tanh(0.7978845608028654 * (s + 0.044715 * s * s * s)))
-        elif code == 4:
-            s = s / (1 + tl.exp(-s))
-        elif code == 5:
-            s = _tanh(s)
-    return s
-
-
-@triton.jit
-def _tanh(x):
-    return 1 - 2 / (tl.exp(2 * x) + 1)
-
-
-@triton.jit
-def _finished(base, delta, out_bias_ptr, out_scale_ptr, row_scale_ptr, row_add_ptr, n, N, tiles_ptr):
-    """row_scale * (base + out_scale * (delta + out_bias)) + row_add in float32; a tile without a vector only adds."""
-    vector = tl.load(tiles_ptr + tl.program_id(0) * TILE_FIELDS + 6)
-    at = tl.maximum(vector, 0).to(tl.int64) * N + n
-    named = n < tl.where(vector >= 0, N, 0)
-    if out_bias_ptr is not None:
-        delta += tl.load(out_bias_ptr + at, mask=named, other=0.0).to(tl.float32)
-    if out_scale_ptr is not None:
-        delta *= tl.load(out_scale_ptr + at, mask=named, other=1.0).to(tl.float32)
-    total = base.to(tl.float32) + delta
-    if row_scale_ptr is not None:
-        total *= tl.load(row_scale_ptr + at, mask=named, other=1.0).to(tl.float32)
-    if row_add_ptr is not None:
-        total += tl.load(row_add_ptr + at, mask=named, other=0.0).to(tl.float32)
-    return total
-
-
-@triton.jit
-def _pool_rows(pages_ptr, first_page, lane, rank, pool_rows):
-    """For rank lanes [R]: their pool rows (int64), and True for each lane of a page that there is."""
-    page_of_lane = lane // PAGE_ROWS
-    held = page_of_lane * PAGE_ROWS < rank
-    page = tl.load(pages_ptr + first_page + page_of_lane, mask=held, other=0)
-    tl.device_assert((page >= 0) & (page * PAGE_ROWS < pool_rows), "a page lies outside of the pool")
-    return page.to(tl.int64) * PAGE_ROWS + lane % PAGE_ROWS, held
+from chorus.kernels.triton_low_rank_parts import TILE_FIELDS, between, finished, load_tile, of_member, pool_rows_of
 
 
 @triton.jit(do_not_specialize=["x_rows", "pool_rows", "count_0", "count_1", "count_2"])
@@ -104,20 +32,20 @@ def shrink_rows(
     BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT_K: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     """partial[split, row] = mid_scale * sum over the split's k of x[row, k] A[:, k]. Grid (tiles, SPLIT_K, members)."""
-    if tl.program_id(0) >= _of_member(count_0, count_1, count_2, MEMBERS):
+    if tl.program_id(0) >= of_member(count_0, count_1, count_2, MEMBERS):
         return
-    tiles_ptr += _of_member(0, tiles_step_1, tiles_step_2, MEMBERS)
-    pages_ptr += _of_member(0, pages_step_1, pages_step_2, MEMBERS)
-    a_ptr += _of_member(0, a_step_1, a_step_2, MEMBERS)
-    scale_ptr += _of_member(0, scale_step_1, scale_step_2, MEMBERS)
-    row, rows, first_page, rank, column = _tile(tiles_ptr)
+    tile_ptr = tiles_ptr + of_member(0, tiles_step_1, tiles_step_2, MEMBERS) + tl.program_id(0) * TILE_FIELDS
+    pages_ptr += of_member(0, pages_step_1, pages_step_2, MEMBERS)
+    a_ptr += of_member(0, a_step_1, a_step_2, MEMBERS)
+    scale_ptr += of_member(0, scale_step_1, scale_step_2, MEMBERS)
+    row, rows, first_page, rank, column = load_tile(tile_ptr)
     if rows == 0:
         return
     column += tl.program_id(2) * member_columns
     tl.device_assert(row < x_rows, "a tile lies outside of x")
     split = tl.program_id(1)
     lane = tl.arange(0, BLOCK_R)  # [R]
-    pool_row, held = _pool_rows(pages_ptr, first_page, lane, rank, pool_rows)
+    pool_row, held = pool_rows_of(pages_ptr, first_page, lane, rank, pool_rows)
     x_row_ptr = x_ptr + row.to(tl.int64) * K
     a_rows_ptr = a_ptr + pool_row * K  # [R]
     span = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
@@ -143,20 +71,20 @@ def shrink_tiles(
     MEMBERS: tl.constexpr,
 ):  # fmt: skip
     """`shrink_rows` for tiles of up to BLOCK_M rows of one segment, on matrix instructions. The same grid."""
-    if tl.program_id(0) >= _of_member(count_0, count_1, count_2, MEMBERS):
+    if tl.program_id(0) >= of_member(count_0, count_1, count_2, MEMBERS):
         return
-    tiles_ptr += _of_member(0, tiles_step_1, tiles_step_2, MEMBERS)
-    pages_ptr += _of_member(0, pages_step_1, pages_step_2, MEMBERS)
-    a_ptr += _of_member(0, a_step_1, a_step_2, MEMBERS)
-    scale_ptr += _of_member(0, scale_step_1, scale_step_2, MEMBERS)
-    row, rows, first_page, rank, column = _tile(tiles_ptr)
+    tile_ptr = tiles_ptr + of_member(0, tiles_step_1, tiles_step_2, MEMBERS) + tl.program_id(0) * TILE_FIELDS
+    pages_ptr += of_member(0, pages_step_1, pages_step_2, MEMBERS)
+    a_ptr += of_member(0, a_step_1, a_step_2, MEMBERS)
+    scale_ptr += of_member(0, scale_step_1, scale_step_2, MEMBERS)
+    row, rows, first_page, rank, column = load_tile(tile_ptr)
     if rows == 0:
         return
     column += tl.program_id(2) * member_columns
     tl.device_assert(row + rows <= x_rows, "a tile lies outside of x")
     split = tl.program_id(1)
     lane = tl.arange(0, BLOCK_R)  # [R]
-    pool_row, held = _pool_rows(pages_ptr, first_page, lane, rank, pool_rows)
+    pool_row, held = pool_rows_of(pages_ptr, first_page, lane, rank, pool_rows)
     m = tl.arange(0, BLOCK_M)  # [M]
     present = m < rows
     batch_row = row.to(tl.int64) + m
@@ -186,17 +114,17 @@ def expand_rows(
     ACTIVATED: tl.constexpr,
 ):  # fmt: skip
     """y[row] += (sum over splits of partial[split, row]) B, rounded once. Grid (tiles, N / BLOCK_N, members)."""
-    if tl.program_id(0) >= _of_member(count_0, count_1, count_2, MEMBERS):
+    if tl.program_id(0) >= of_member(count_0, count_1, count_2, MEMBERS):
         return
-    tiles_ptr += _of_member(0, tiles_step_1, tiles_step_2, MEMBERS)
-    pages_ptr += _of_member(0, pages_step_1, pages_step_2, MEMBERS)
-    b_ptr += _of_member(0, b_step_1, b_step_2, MEMBERS)
-    y_ptr += _of_member(0, y_step_1, y_step_2, MEMBERS)
-    y_stride = _of_member(y_stride_0, y_stride_1, y_stride_2, MEMBERS)
-    N = _of_member(N_0, N_1, N_2, MEMBERS)
+    tile_ptr = tiles_ptr + of_member(0, tiles_step_1, tiles_step_2, MEMBERS) + tl.program_id(0) * TILE_FIELDS
+    pages_ptr += of_member(0, pages_step_1, pages_step_2, MEMBERS)
+    b_ptr += of_member(0, b_step_1, b_step_2, MEMBERS)
+    y_ptr += of_member(0, y_step_1, y_step_2, MEMBERS)
+    y_stride = of_member(y_stride_0, y_stride_1, y_stride_2, MEMBERS)
+    N = of_member(N_0, N_1, N_2, MEMBERS)
     if tl.program_id(1) * BLOCK_N >= N:
         return
-    row, rows, first_page, rank, column = _tile(tiles_ptr)
+    row, rows, first_page, rank, column = load_tile(tile_ptr)
     if rows == 0:
         return
     column += tl.program_id(2) * member_columns
@@ -209,13 +137,13 @@ def expand_rows(
     sums = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, rank, BLOCK_R):
         lane = first + tl.arange(0, BLOCK_R)  # [R]
-        pool_row, held = _pool_rows(pages_ptr, first_page, lane, rank, pool_rows)
+        pool_row, held = pool_rows_of(pages_ptr, first_page, lane, rank, pool_rows)
         s = tl.sum(tl.load(s_ptr + lane[None, :]), axis=0)  # [R]
-        s = _between(s, mid_bias_ptr, pool_row, lane, rank, tiles_ptr, ACTIVATED)
+        s = between(s, mid_bias_ptr, pool_row, lane, rank, tile_ptr, ACTIVATED)
         b_at = b_ptr + pool_row[:, None] * N + n[None, :]
         b = tl.load(b_at, mask=held[:, None] & (n < N)[None, :], other=0.0)  # [R, N]
         sums += tl.sum(s[:, None] * b.to(tl.float32), axis=0)
-    total = _finished(base, sums, out_bias_ptr, out_scale_ptr, row_scale_ptr, row_add_ptr, n, N, tiles_ptr)
+    total = finished(base, sums, out_bias_ptr, out_scale_ptr, row_scale_ptr, row_add_ptr, n, N, tl.load(tile_ptr + 6))
     tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
@@ -230,17 +158,17 @@ def expand_tiles(
     MEMBERS: tl.constexpr, ACTIVATED: tl.constexpr,
 ):  # fmt: skip
     """`expand_rows` for tiles of up to BLOCK_M rows of one segment. s is rounded to B's dtype for the dot."""
-    if tl.program_id(0) >= _of_member(count_0, count_1, count_2, MEMBERS):
+    if tl.program_id(0) >= of_member(count_0, count_1, count_2, MEMBERS):
         return
-    tiles_ptr += _of_member(0, tiles_step_1, tiles_step_2, MEMBERS)
-    pages_ptr += _of_member(0, pages_step_1, pages_step_2, MEMBERS)
-    b_ptr += _of_member(0, b_step_1, b_step_2, MEMBERS)
-    y_ptr += _of_member(0, y_step_1, y_step_2, MEMBERS)
-    y_stride = _of_member(y_stride_0, y_stride_1, y_stride_2, MEMBERS)
-    N = _of_member(N_0, N_1, N_2, MEMBERS)
+    tile_ptr = tiles_ptr + of_member(0, tiles_step_1, tiles_step_2, MEMBERS) + tl.program_id(0) * TILE_FIELDS
+    pages_ptr += of_member(0, pages_step_1, pages_step_2, MEMBERS)
+    b_ptr += of_member(0, b_step_1, b_step_2, MEMBERS)
+    y_ptr += of_member(0, y_step_1, y_step_2, MEMBERS)
+    y_stride = of_member(y_stride_0, y_stride_1, y_stride_2, MEMBERS)
+    N = of_member(N_0, N_1, N_2, MEMBERS)
     if tl.program_id(1) * BLOCK_N >= N:
         return
-    row, rows, first_page, rank, column = _tile(tiles_ptr)
+    row, rows, first_page, rank, column = load_tile(tile_ptr)
     if rows == 0:
         return
     column += tl.program_id(2) * member_columns
@@ -256,17 +184,17 @@ def expand_tiles(
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(0, rank, BLOCK_R):
         lane = first + tl.arange(0, BLOCK_R)  # [R]
-        pool_row, held = _pool_rows(pages_ptr, first_page, lane, rank, pool_rows)
+        pool_row, held = pool_rows_of(pages_ptr, first_page, lane, rank, pool_rows)
         s = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
         for split in tl.static_range(SPLIT_K):
             s += tl.load(
                 s_ptr + split * tl.cast(split_stride, tl.int64) + lane[None, :], mask=present[:, None], other=0.0
             )
-        s = _between(s, mid_bias_ptr, pool_row, lane, rank, tiles_ptr, ACTIVATED)
+        s = between(s, mid_bias_ptr, pool_row, lane, rank, tile_ptr, ACTIVATED)
         b_at = b_ptr + pool_row[:, None] * N + n[None, :]
         b = tl.load(b_at, mask=held[:, None] & (n < N)[None, :], other=0.0)  # [R, N]
         sums = tl.dot(s.to(b.dtype), b, sums, input_precision="ieee")
-    total = _finished(base, sums, out_bias_ptr, out_scale_ptr, row_scale_ptr, row_add_ptr, n, N, tiles_ptr)
+    total = finished(base, sums, out_bias_ptr, out_scale_ptr, row_scale_ptr, row_add_ptr, n, N, tl.load(tile_ptr + 6))
     tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -282,19 +210,19 @@ def fused_rows(
     ACTIVATED: tl.constexpr,
 ):  # fmt: skip
     """`expand_rows`, each program with a whole shrink of its own before it: one launch. The expand's grid and tiles."""
-    if tl.program_id(0) >= _of_member(count_0, count_1, count_2, MEMBERS):
+    if tl.program_id(0) >= of_member(count_0, count_1, count_2, MEMBERS):
         return
-    tiles_ptr += _of_member(0, tiles_step_1, tiles_step_2, MEMBERS)
-    pages_ptr += _of_member(0, pages_step_1, pages_step_2, MEMBERS)
-    a_ptr += _of_member(0, a_step_1, a_step_2, MEMBERS)
-    scale_ptr += _of_member(0, scale_step_1, scale_step_2, MEMBERS)
-    b_ptr += _of_member(0, b_step_1, b_step_2, MEMBERS)
-    y_ptr += _of_member(0, y_step_1, y_step_2, MEMBERS)
-    y_stride = _of_member(y_stride_0, y_stride_1, y_stride_2, MEMBERS)
-    N = _of_member(N_0, N_1, N_2, MEMBERS)
+    tile_ptr = tiles_ptr + of_member(0, tiles_step_1, tiles_step_2, MEMBERS) + tl.program_id(0) * TILE_FIELDS
+    pages_ptr += of_member(0, pages_step_1, pages_step_2, MEMBERS)
+    a_ptr += of_member(0, a_step_1, a_step_2, MEMBERS)
+    scale_ptr += of_member(0, scale_step_1, scale_step_2, MEMBERS)
+    b_ptr += of_member(0, b_step_1, b_step_2, MEMBERS)
+    y_ptr += of_member(0, y_step_1, y_step_2, MEMBERS)
+    y_stride = of_member(y_stride_0, y_stride_1, y_stride_2, MEMBERS)
+    N = of_member(N_0, N_1, N_2, MEMBERS)
     if tl.program_id(1) * BLOCK_N >= N:
         return
-    row, rows, first_page, rank, _ = _tile(tiles_ptr)
+    row, rows, first_page, rank, _ = load_tile(tile_ptr)
     if rows == 0:
         return
     tl.device_assert(row < y_rows, "a tile lies outside of y")
@@ -305,7 +233,7 @@ def fused_rows(
     delta = tl.zeros([BLOCK_N], tl.float32)
     for first in range(0, rank, BLOCK_R):
         lane = first + tl.arange(0, BLOCK_R)  # [R]
-        pool_row, held = _pool_rows(pages_ptr, first_page, lane, rank, pool_rows)
+        pool_row, held = pool_rows_of(pages_ptr, first_page, lane, rank, pool_rows)
         b_at = b_ptr + pool_row[:, None] * N + n[None, :]
         b = tl.load(b_at, mask=held[:, None] & (n < N)[None, :], other=0.0)  # [R, N], asked for before the shrink
         sums = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
@@ -317,9 +245,9 @@ def fused_rows(
             sums += a.to(tl.float32) * x[None, :]
         scale = tl.load(scale_ptr + pool_row, mask=held, other=0.0)  # [R]
         s = tl.where(lane < rank, tl.sum(sums, axis=1) * scale, 0.0)
-        s = _between(s, mid_bias_ptr, pool_row, lane, rank, tiles_ptr, ACTIVATED)
+        s = between(s, mid_bias_ptr, pool_row, lane, rank, tile_ptr, ACTIVATED)
         delta += tl.sum(s[:, None] * b.to(tl.float32), axis=0)
-    total = _finished(base, delta, out_bias_ptr, out_scale_ptr, row_scale_ptr, row_add_ptr, n, N, tiles_ptr)
+    total = finished(base, delta, out_bias_ptr, out_scale_ptr, row_scale_ptr, row_add_ptr, n, N, tl.load(tile_ptr + 6))
     tl.store(y_at, total.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
@@ -329,10 +257,10 @@ def weight_gradient(
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[pool rows of a segment] = s^T x over the segment's rows, in their order. Grid (tiles, K / BLOCK_K)."""
-    row, rows, first_page, rank, column = _tile(tiles_ptr)
+    row, rows, first_page, rank, column = load_tile(tiles_ptr + tl.program_id(0) * TILE_FIELDS)
     tl.device_assert(row + rows <= x_rows, "a tile lies outside of x")
     lane = tl.arange(0, BLOCK_R)  # [R]
-    pool_row, held = _pool_rows(pages_ptr, first_page, lane, rank, pool_rows)
+    pool_row, held = pool_rows_of(pages_ptr, first_page, lane, rank, pool_rows)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)  # [K]
     sums = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
     for first in range(0, rows, BLOCK_M):
