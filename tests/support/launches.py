@@ -9,6 +9,7 @@ import torch
 
 KERNELS = {
     "triton_low_rank": ("shrink_rows", "shrink_tiles", "expand_rows", "expand_tiles", "fused_rows"),
+    "triton_low_rank_slots": ("shrink_slots", "expand_slots"),
     "triton_attention": ("store_kv", "attend", "combine"),
     "triton_head": ("segment_linear",),
     "triton_pointwise": ("residual_norm", "gated_mul"),

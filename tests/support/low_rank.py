@@ -3,7 +3,7 @@
 import torch
 
 from chorus.kernels import LowRankPlan, LowRankSegment, RankPool, low_rank
-from chorus.kernels.low_rank_tables import PAGE_ROWS
+from chorus.kernels.low_rank_lists import PAGE_ROWS
 
 CPU = torch.device("cpu")
 # RMS(err) / RMS(ref), and max |err| / RMS(ref) beside it.

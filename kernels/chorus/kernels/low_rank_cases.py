@@ -6,11 +6,13 @@ from itertools import product
 import torch
 
 from chorus.kernels import triton_low_rank as kernels
+from chorus.kernels import triton_low_rank_slots as slots
 from chorus.kernels.compile_case import TRITON_TYPES, CompileCase
 from chorus.kernels.tuning import (
     EXPAND_RULES,
     FUSED_RULE,
     SHRINK_RULES,
+    SLOT_LANES,
     Family,
     LowRankTiles,
     block_rows,
@@ -28,7 +30,10 @@ _ANY_WIDTH = 1 << 20
 _VECTORS = ("out_bias_ptr", "out_scale_ptr", "row_scale_ptr", "row_add_ptr")
 _TABLES = {"tiles_ptr": "*i32", "pages_ptr": "*i32"}
 _TABLE_STEPS = dict.fromkeys(("tiles_step_1", "tiles_step_2", "pages_step_1", "pages_step_2"), "i64")
+_BLOCK_STEPS = dict.fromkeys(("blocks_step_1", "blocks_step_2"), "i64")
 _COUNTS = {"count_0": "i32", "count_1": "i32", "count_2": "i32"}
+_SHRINKS = {Family.ROWS: kernels.shrink_rows, Family.SLOTS: slots.shrink_slots}
+_EXPANDS = {Family.ROWS: kernels.expand_rows, Family.SLOTS: slots.expand_slots}
 _STRIDES = {"columns": "i32", "member_columns": "i32", "split_stride": "i32"}
 
 
@@ -59,18 +64,27 @@ def _widths(limits: Iterable[int | None]) -> list[int]:
     return sorted(whole | {width - 1 for width in whole})
 
 
+def _tables(family: Family) -> dict[str, str]:
+    return _TABLES | ({"blocks_ptr": "*i32"} if family is Family.SLOTS else {})
+
+
+def _table_steps(family: Family) -> dict[str, str]:
+    return _TABLE_STEPS | (_BLOCK_STEPS if family is Family.SLOTS else {})
+
+
 def _shrink_case(
     family: Family, dtype: torch.dtype, block: int, tiles: LowRankTiles, width: int, members: int
 ) -> CompileCase:
     value = f"*{TRITON_TYPES[dtype]}"
-    pointers = {"x_ptr": value, "a_ptr": value, "scale_ptr": "*fp32", "partial_ptr": "*fp32"} | _TABLES
+    pointers = {"x_ptr": value, "a_ptr": value, "scale_ptr": "*fp32", "partial_ptr": "*fp32"} | _tables(family)
     sizes = {"x_rows": "i32", "pool_rows": "i32", "K": "i32"} | _COUNTS
-    steps = _TABLE_STEPS | dict.fromkeys(("a_step_1", "a_step_2", "scale_step_1", "scale_step_2"), "i64")
+    steps = _table_steps(family) | dict.fromkeys(("a_step_1", "a_step_2", "scale_step_1", "scale_step_2"), "i64")
     rows = {} if family is Family.ROWS else {"BLOCK_M": block_rows(family)}
+    lanes = {"BLOCK_R": SLOT_LANES, "CHUNK": block} if family is Family.SLOTS else {"BLOCK_R": block}
     return CompileCase(
-        kernel=kernels.shrink_rows if family is Family.ROWS else kernels.shrink_tiles,
+        kernel=_SHRINKS.get(family, kernels.shrink_tiles),
         signature=pointers | sizes | _STRIDES | steps,
-        constants=rows | {"BLOCK_R": block, "BLOCK_K": tiles.block_k, "SPLIT_K": tiles.split_k, "MEMBERS": members},
+        constants=rows | lanes | {"BLOCK_K": tiles.block_k, "SPLIT_K": tiles.split_k, "MEMBERS": members},
         warps=tiles.shrink_warps,
         stages=tiles.shrink_stages,
         aligned=frozenset({*pointers, *_STRIDES, *steps, *(["K"] if width % 16 == 0 else [])}),
@@ -82,16 +96,16 @@ def _expand_case(
     family: Family, dtype: torch.dtype, block: int, tiles: LowRankTiles, width: int, members: int, full: bool
 ) -> CompileCase:
     value = f"*{TRITON_TYPES[dtype]}"
-    pointers = {"y_ptr": value, "b_ptr": value, "partial_ptr": "*fp32"} | _TABLES
+    pointers = {"y_ptr": value, "b_ptr": value, "partial_ptr": "*fp32"} | _tables(family)
     epilogue = {"mid_bias_ptr": "*fp32"} | dict.fromkeys(_VECTORS, value)
     sizes = {"y_rows": "i32", "pool_rows": "i32"} | _COUNTS
     widths = dict.fromkeys(("N_0", "N_1", "N_2", "y_stride_0", "y_stride_1", "y_stride_2"), "i32")
-    steps = _TABLE_STEPS | dict.fromkeys(("b_step_1", "b_step_2"), "i64")
+    steps = _table_steps(family) | dict.fromkeys(("b_step_1", "b_step_2"), "i64")
     columns = dict.fromkeys(("y_step_1", "y_step_2"), "i64")
     block, stages = expand_lanes(block, tiles.expand_stages, dtype, between=full)
     rows = {} if family is Family.ROWS else {"BLOCK_M": block_rows(family)}
     return CompileCase(
-        kernel=kernels.expand_rows if family is Family.ROWS else kernels.expand_tiles,
+        kernel=_EXPANDS.get(family, kernels.expand_tiles),
         signature=pointers | sizes | _STRIDES | widths | steps | columns | (epilogue if full else {}),
         constants=rows
         | {"BLOCK_R": block, "BLOCK_N": tiles.block_n, "SPLIT_K": tiles.split_k, "MEMBERS": members, "ACTIVATED": full}

@@ -7,19 +7,31 @@ CHORUS_KERNELS_DEBUG=1 compiles the kernels with their assertions: pages within 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from chorus.kernels import triton_low_rank as kernels
-from chorus.kernels.low_rank_tables import Geometry, TileGroup
+from chorus.kernels import triton_low_rank_slots as slots
+from chorus.kernels.low_rank_members import (
+    MEMBERS,
+    Member,
+    Own,
+    each,
+    expand_tables,
+    shrink_programs,
+    shrink_rows_and_lanes,
+    shrink_tables,
+    steps,
+    tile_rows,
+)
+from chorus.kernels.low_rank_tables import Geometry
 from chorus.kernels.tuning import (
     FUSED_RULE,
     Family,
     LowRankTiles,
     arch_of,
-    block_rows,
     expand_lanes,
     expand_warps,
     gradient_rule,
@@ -27,24 +39,6 @@ from chorus.kernels.tuning import (
     low_rank_tiles,
 )
 from chorus.kernels.types import Epilogue
-
-MEMBERS = 3
-"""Outputs of one launch: q, k and v."""
-
-
-class Member(NamedTuple):
-    """One output of a call, its pool's tensors and its tables. Only the one member of a launch has an epilogue."""
-
-    y: Tensor
-    a: Tensor
-    b: Tensor
-    mid_scale: Tensor
-    tables: Tensor
-    how: Geometry
-    epilogue: Epilogue = Epilogue()
-
-
-Own = tuple[Member, TileGroup]
 
 
 @torch.library.custom_op("chorus::low_rank", mutates_args=("y",))
@@ -182,24 +176,23 @@ def _zero_workspace(splits: int, rows: int, columns: int, device: torch.device) 
 
 def _shrink(partial: Tensor, x: Tensor, own: Sequence[Own], columns: int, tiles: LowRankTiles) -> None:
     family, members = own[0][1].family, [member for member, _ in own]
-    kernel = kernels.shrink_rows if family is Family.ROWS else kernels.shrink_tiles
-    kernel[(max(group.shrink_count for _, group in own), tiles.split_k, len(own))](
+    counts = shrink_programs(own)
+    _shrink_of(family)[(max(counts), tiles.split_k, len(own))](
         x_ptr=x,
         a_ptr=members[0].a,
         scale_ptr=members[0].mid_scale,
         partial_ptr=partial,
-        **_tables(own, [group.shrink_at for _, group in own]),
-        **_each("count", [group.shrink_count for _, group in own]),
-        **_steps("a", [member.a for member in members]),
-        **_steps("scale", [member.mid_scale for member in members]),
+        **shrink_tables(own),
+        **each("count", counts),
+        **steps("a", [member.a for member in members]),
+        **steps("scale", [member.mid_scale for member in members]),
         x_rows=x.shape[0],
         pool_rows=members[0].a.shape[0],
         K=x.shape[1],
         columns=partial.shape[2],
         member_columns=columns,
         split_stride=partial.stride(0),
-        **_block_m(family),
-        BLOCK_R=own[0][1].block_rank,
+        **shrink_rows_and_lanes(own[0][1]),
         BLOCK_K=tiles.block_k,
         SPLIT_K=tiles.split_k,
         MEMBERS=len(own),
@@ -213,24 +206,24 @@ def _expand(partial: Tensor, own: Sequence[Own], columns: int, tiles: LowRankTil
     activated = any(member.how.activated for member in members)
     between = activated or members[0].epilogue.mid_bias is not None
     lanes, stages = expand_lanes(own[0][1].block_rank, tiles.expand_stages, members[0].y.dtype, between=between)
-    kernel = kernels.expand_rows if family is Family.ROWS else kernels.expand_tiles
-    kernel[(max(group.expand_count for _, group in own), -(-max(widths) // tiles.block_n), len(own))](
+    counts = [group.expand_count for _, group in own]
+    _expand_of(family)[(max(counts), -(-max(widths) // tiles.block_n), len(own))](
         y_ptr=members[0].y,
         b_ptr=members[0].b,
         partial_ptr=partial,
-        **_tables(own, [group.expand_at for _, group in own]),
-        **_each("count", [group.expand_count for _, group in own]),
-        **_steps("b", [member.b for member in members]),
-        **_steps("y", [member.y for member in members]),
-        **_each("y_stride", [member.y.stride(0) for member in members]),
-        **_each("N", widths),
+        **expand_tables(own),
+        **each("count", counts),
+        **steps("b", [member.b for member in members]),
+        **steps("y", [member.y for member in members]),
+        **each("y_stride", [member.y.stride(0) for member in members]),
+        **each("N", widths),
         **{f"{name}_ptr": tensor for name, tensor in members[0].epilogue._asdict().items()},
         y_rows=partial.shape[1],
         pool_rows=members[0].b.shape[0],
         columns=partial.shape[2],
         member_columns=columns,
         split_stride=partial.stride(0),
-        **_block_m(family),
+        **tile_rows(family),
         BLOCK_R=lanes,
         BLOCK_N=tiles.block_n,
         SPLIT_K=tiles.split_k,
@@ -248,14 +241,14 @@ def _fused(x: Tensor, own: Sequence[Own]) -> None:
         a_ptr=members[0].a,
         scale_ptr=members[0].mid_scale,
         b_ptr=members[0].b,
-        **_tables(own, [group.expand_at for _, group in own]),
-        **_each("count", [group.expand_count for _, group in own]),
-        **_steps("a", [member.a for member in members]),
-        **_steps("scale", [member.mid_scale for member in members]),
-        **_steps("b", [member.b for member in members]),
-        **_steps("y", [member.y for member in members]),
-        **_each("y_stride", [member.y.stride(0) for member in members]),
-        **_each("N", widths),
+        **expand_tables(own),
+        **each("count", [group.expand_count for _, group in own]),
+        **steps("a", [member.a for member in members]),
+        **steps("scale", [member.mid_scale for member in members]),
+        **steps("b", [member.b for member in members]),
+        **steps("y", [member.y for member in members]),
+        **each("y_stride", [member.y.stride(0) for member in members]),
+        **each("N", widths),
         **{f"{name}_ptr": tensor for name, tensor in members[0].epilogue._asdict().items()},
         y_rows=x.shape[0],
         pool_rows=members[0].a.shape[0],
@@ -269,27 +262,16 @@ def _fused(x: Tensor, own: Sequence[Own]) -> None:
     )
 
 
-def _tables(own: Sequence[Own], begins: Sequence[int]) -> dict[str, Tensor | int]:
-    """Pointers to the members' tiles, which begin at `begins` in their buffers, and to their pages."""
-    tiles = [member.tables[begin:] for (member, _), begin in zip(own, begins, strict=True)]
-    pages = [member.tables[member.how.pages_at :] for member, _ in own]
-    first = {"tiles_ptr": tiles[0], "pages_ptr": pages[0]}
-    return {**first, **_steps("tiles", tiles), **_steps("pages", pages)}
+def _shrink_of(family: Family) -> Any:
+    if family is Family.SLOTS:
+        return slots.shrink_slots
+    return kernels.shrink_rows if family is Family.ROWS else kernels.shrink_tiles
 
 
-def _steps(name: str, tensors: Sequence[Tensor]) -> dict[str, int]:
-    """How many elements the second and third tensor lie after the first."""
-    first, size = tensors[0].data_ptr(), tensors[0].element_size()
-    steps = [(tensor.data_ptr() - first) // size for tensor in tensors[1:]]
-    return {f"{name}_step_{i + 1}": step for i, step in enumerate([*steps, 0, 0][: MEMBERS - 1])}
-
-
-def _each(name: str, values: Sequence[int]) -> dict[str, int]:
-    return {f"{name}_{i}": value for i, value in enumerate([*values, 0, 0][:MEMBERS])}
-
-
-def _block_m(family: Family) -> dict[str, int]:
-    return {} if family is Family.ROWS else {"BLOCK_M": block_rows(family)}
+def _expand_of(family: Family) -> Any:
+    if family is Family.SLOTS:
+        return slots.expand_slots
+    return kernels.expand_rows if family is Family.ROWS else kernels.expand_tiles
 
 
 def launch_options(warps: int, stages: int) -> dict[str, int | bool]:

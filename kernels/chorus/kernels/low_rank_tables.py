@@ -1,10 +1,11 @@
 """What the kernels of `low_rank` read about a batch: tiles and rank pages, int32, built on the host, one upload.
 
-    tile   row | rows | first entry in the page table | rank lanes | first column of s | activation | vector, or -1
+    lists  tiles, and blocks of rows (`low_rank_lists`)
     pages  the pool pages of each segment, one after the other: page p is the pool's rows 8 p .. 8 p + 7
 
 Each family (`tuning.Family`) in the batch has two lists of tiles. The shrink's are cut by rows and by rank, so that a
 batch of mixed ranks costs the sum of its ranks; the expand's by rows alone, since an output needs every rank lane.
+SLOTS has tiles cut by rank alone, and blocks of rows.
 
 With a `Capacity` the buffer has the size of the worst case and is written anew in place, so a CUDA graph that was
 captured with it replays for any batch within the capacity. Tiles that a batch does not need have 0 rows, and their
@@ -20,12 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chorus.kernels.low_rank_lists import BLOCK_FIELDS, PAGE_ROWS, TILE_FIELDS, Placed, slot_lists, tile_lists
 from chorus.kernels.tuning import Family, block_rows, family_of, rank_block
 from chorus.kernels.types import LowRankSegment
 from chorus.kernels.upload import to_device, write
 
-PAGE_ROWS = 8
-TILE_FIELDS = 7
 # Lists begin at multiples of 16 bytes: what Triton specialises pointers for.
 _ALIGNMENT = 4
 
@@ -44,7 +44,10 @@ class Capacity:
 
 
 class TileGroup(NamedTuple):
-    """One family's tiles: where its two lists begin in the buffer, how many there are, rank lanes of a program."""
+    """One family's tiles: where its two lists begin in the buffer, how many there are, rank lanes of a program.
+
+    Of SLOTS the first list is its tiles, the second its blocks.
+    """
 
     family: Family
     block_rank: int
@@ -213,9 +216,10 @@ def _worst_case(capacity: Capacity) -> Geometry:
     """Every row another adapter's, each of the largest rank: no batch has more tiles."""
     block = rank_block(capacity.family, capacity.rank)
     ranks = _ceil(capacity.rank, block)
-    return _laid_out(
-        [(capacity.family, block, ranks * block, capacity.rows * ranks, capacity.rows)], capacity.activated
-    )
+    tiles, seconds = capacity.rows * ranks, capacity.rows
+    if capacity.family is Family.SLOTS:
+        tiles, seconds = capacity.rows * max(ranks, 1), _ceil(capacity.rows, block_rows(Family.SLOTS))
+    return _laid_out([(capacity.family, block, ranks * block, tiles, seconds)], capacity.activated)
 
 
 def _laid_out(sizes: Iterable[tuple[Family, int, int, int, int]], activated: bool) -> Geometry:
@@ -224,7 +228,7 @@ def _laid_out(sizes: Iterable[tuple[Family, int, int, int, int]], activated: boo
     for family, block, columns, shrinks, expands in sizes:
         expand_at = at + _aligned(shrinks * TILE_FIELDS)
         groups.append(TileGroup(family, block, at, shrinks, expand_at, expands))
-        at = expand_at + _aligned(expands * TILE_FIELDS)
+        at = expand_at + _aligned(expands * (BLOCK_FIELDS if family is Family.SLOTS else TILE_FIELDS))
         widest = max(widest, columns)
     return Geometry(widest, at, activated, tuple(groups))
 
@@ -232,23 +236,19 @@ def _laid_out(sizes: Iterable[tuple[Family, int, int, int, int]], activated: boo
 def _fill(segments: Sequence[LowRankSegment], geometry: Geometry, capacity: Capacity | None) -> Tensor:
     """The buffer on the host."""
     pages: list[int] = []
-    lists: dict[Family, tuple[list[int], list[int]]] = {group.family: ([], []) for group in geometry.groups}
-    blocks = {group.family: group.block_rank for group in geometry.groups}
+    placed: dict[Family, list[Placed]] = {group.family: [] for group in geometry.groups}
     for s in segments:
         family = capacity.family if capacity is not None else family_of(s.end - s.start)
-        rank, block, step = len(s.pool_rows), blocks[family], block_rows(family)
-        shrinks, expands = lists[family]
-        last = (int(s.activation), -1 if s.vector is None else s.vector)
-        for row in range(s.start, s.end, step):
-            rows = min(step, s.end - row)
-            for lane in range(0, rank, block):
-                shrinks += (row, rows, len(pages) + lane // PAGE_ROWS, min(block, rank - lane), lane, *last)
-            expands += (row, rows, len(pages), rank, 0, *last)
+        placed[family].append((s, len(pages)))
         pages += pages_of(s.pool_rows)
     page_entries = len(pages) if capacity is None else capacity.rows * _ceil(capacity.rank, PAGE_ROWS)
     buffer = [0] * (geometry.pages_at + page_entries)
     for group in geometry.groups:
-        shrinks, expands = lists[group.family]
+        own = placed[group.family]
+        if group.family is Family.SLOTS:
+            shrinks, expands = slot_lists(own, group.expand_count, group.block_rank)
+        else:
+            shrinks, expands = tile_lists(own, group.family, group.block_rank)
         buffer[group.shrink_at : group.shrink_at + len(shrinks)] = shrinks
         buffer[group.expand_at : group.expand_at + len(expands)] = expands
     buffer[geometry.pages_at : geometry.pages_at + len(pages)] = pages

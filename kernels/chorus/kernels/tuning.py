@@ -4,7 +4,8 @@ Nothing here has been measured on a GPU yet. A row that says "predicted" is arit
 memory on H200-class hardware (132 SMs, 4.3 TB/s); `compile_report` proves only that each row compiles without spills.
 
 Choices depend on the family and on K, N and dtype of a site, never on how many rows the batch has: a row's sums are
-split the same way in every batch that puts it into the same family.
+split the same way in every batch that puts it into the same family. Which family a static plan has is another table's
+(`low_rank_choice`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,11 +28,16 @@ class Family(IntEnum):
     """16 rows a program, matrix instructions: a few rows an adapter."""
     GROUPED = 2
     """64 rows a program, matrix instructions: prefill."""
+    SLOTS = 3
+    """16 neighbouring rows a program, whoever's, times the ranks of all adapters among them: static plans."""
 
 
 @dataclass(frozen=True, slots=True)
 class FamilyRule:
-    """Segments of up to `rows_up_to` rows (None: any number) are cut into tiles of `block_rows`."""
+    """Segments of up to `rows_up_to` rows (None: any number) are cut into tiles of `block_rows`.
+
+    SLOTS cuts the batch, not segments: no segment's length asks for it (0).
+    """
 
     family: Family
     rows_up_to: int | None
@@ -104,7 +110,13 @@ FAMILY_RULES = (
     FamilyRule(Family.ROWS, 2, 1, 16, "predicted: A is read once a row; from 3 rows on a 16-row tile reads less"),
     FamilyRule(Family.SMALL, 32, 16, 16, "predicted: up to 2 tiles read A twice, from L2; a 64-row tile is half empty"),
     FamilyRule(Family.GROUPED, None, 64, 64, "predicted: x is read once for ranks up to 64; kernels.md: not 16 rows"),
+    FamilyRule(
+        Family.SLOTS, 0, 16, 16, "predicted: 8 rows an adapter are 3 adapters a program, in 3 turns; 64 rows, 9"
+    ),
 )
+
+SLOT_LANES = 64
+"""Rank lanes that the shrink of SLOTS takes at a time, of several adapters: 4 of rank 16 in one turn."""
 
 _BYTES = "predicted from bytes a program: "
 _FMA = "fp32 is for exactness: it runs on FMA, and larger tiles spill"
@@ -127,6 +139,13 @@ SHRINK_RULES = (
     ShrinkRule(Family.GROUPED, 2, False, "", None, 32, 1, 8, 2, _ODD),
     ShrinkRule(Family.GROUPED, 4, True, "", None, 32, 1, 8, 2, _FMA),
     ShrinkRule(Family.GROUPED, 4, False, "", None, 32, 1, 8, 2, _FMA),
+    ShrinkRule(Family.SLOTS, 2, True, "hip", None, 64, 8, 4, 2, "64 KB of LDS on gfx942: 10 KB a stage"),
+    ShrinkRule(
+        Family.SLOTS, 2, True, "", None, 128, 8, 4, 3, _BYTES + "20 KB a stage, 2 in flight; 128 rows: 64 blocks"
+    ),
+    ShrinkRule(Family.SLOTS, 2, False, "", None, 32, 8, 8, 2, _ODD),
+    ShrinkRule(Family.SLOTS, 4, True, "", None, 32, 8, 8, 2, _FMA),
+    ShrinkRule(Family.SLOTS, 4, False, "", None, 16, 8, 4, 2, _FMA),
 )
 EXPAND_RULES = (
     ExpandRule(Family.ROWS, 2, True, "", 1024, 128, 4, 2, _BYTES + "4 KB of B; N 1024 is 8 programs a row"),
@@ -143,6 +162,10 @@ EXPAND_RULES = (
     ExpandRule(Family.GROUPED, 2, False, "", None, 64, 8, 2, _ODD),
     ExpandRule(Family.GROUPED, 4, True, "", None, 32, 8, 2, _FMA),
     ExpandRule(Family.GROUPED, 4, False, "", None, 32, 8, 2, _FMA),
+    ExpandRule(Family.SLOTS, 2, True, "", None, 256, 4, 2, _BYTES + "8 KB of y, 8 of B an adapter; 3 programs an SM"),
+    ExpandRule(Family.SLOTS, 2, False, "", None, 128, 4, 2, _ODD),
+    ExpandRule(Family.SLOTS, 4, True, "", None, 64, 4, 2, _FMA),
+    ExpandRule(Family.SLOTS, 4, False, "", None, 64, 4, 2, _FMA),
 )
 
 
@@ -204,9 +227,10 @@ def expand_warps(family: Family, warps: int, *, between: bool) -> int:
     """Warps of an expand that its rule gives `warps`.
 
     With an activation or a bias between the products, one row a program spills 8 bytes on sm90 (256 columns on 8 warps,
-    128 on 4) and on sm100 (128 on 4), and nothing anywhere with 4 for 8 and 8 for 4.
+    128 on 4) and on sm100 (128 on 4), and nothing anywhere with 4 for 8 and 8 for 4. SLOTS spills 16 on sm90 and 8 on
+    sm100 with 256 columns on 4, nothing anywhere with 8.
     """
-    return {4: 8, 8: 4}[warps] if between and family is Family.ROWS else warps
+    return {4: 8, 8: 4}[warps] if between and family in (Family.ROWS, Family.SLOTS) else warps
 
 
 def low_rank_tiles(family: Family, k: int, n: int, dtype: torch.dtype, arch: str) -> LowRankTiles:

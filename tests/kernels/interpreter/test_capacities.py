@@ -206,14 +206,18 @@ def test_rows_and_heads_refuse_one_over_and_keep_their_batch() -> None:
     assert (of_rows.rows, of_rows.slots_needed, of_heads.rows) == (7, 4, 5)
 
 
-def low_rank_steps() -> list[Step]:
-    group = Group(Family.ROWS, torch.bfloat16)
+def low_rank_steps(family: Family = Family.ROWS) -> list[Step]:
+    group = Group(family, torch.bfloat16)
     batches: list[list[list[LowRankSegment]]] = [
         group.largest(),
         [batch_of([(5, 5)]), batch_of([(1, 8), (3, 0), (1, 40)]), []],
         [[], [], []],
     ]
     return [partial(group.run, batch) for batch in batches]
+
+
+def slot_steps() -> list[Step]:
+    return low_rank_steps(Family.SLOTS)
 
 
 def row_steps() -> list[Step]:
@@ -266,7 +270,7 @@ def packed_steps() -> list[Step]:
     return [partial(step, lengths) for lengths in ([1] * 51, [51], [17, 1, 33])]
 
 
-@pytest.mark.parametrize("steps", [low_rank_steps, row_steps, head_steps, attention_steps, packed_steps])
+@pytest.mark.parametrize("steps", [low_rank_steps, slot_steps, row_steps, head_steps, attention_steps, packed_steps])
 def test_what_is_launched_depends_on_the_capacity_alone(steps: Callable[[], list[Step]]) -> None:
     noted = []
     for step in steps():
