@@ -16,7 +16,7 @@ from chorus.engine.schedule import Chunk
 from chorus.engine.sequence import Sequence
 from chorus.kernels import LowRankCapacity, low_rank_family
 
-ROWS = low_rank_family(1)
+ROWS = low_rank_family(2, 1)
 
 
 class Pool:
@@ -69,7 +69,7 @@ def test_a_shape_is_the_smallest_that_holds_the_batch(rows: list[tuple[int, int]
     [
         ([(9, 0), (9, -1)], LowRankCapacity(2, 16, ROWS)),
         ([(9, 0), (9, 1)], LowRankCapacity(2, 64, ROWS)),
-        ([(9, 0)] * 3, LowRankCapacity(4, 16, low_rank_family(3))),
+        ([(9, 0)] * 3, LowRankCapacity(4, 16, low_rank_family(4, 3))),
     ],
     ids=["one adapter", "the larger rank", "rows of one adapter"],
 )

@@ -72,7 +72,7 @@ class TestAttentionPlan:
 
 
 class TestStaticTables:
-    CAPACITY = LowRankCapacity(4, 16, low_rank_family(1))
+    CAPACITY = LowRankCapacity(4, 16, low_rank_family(4, 1))
     ONE = (LowRankSegment(0, 1, tuple(range(8))), LowRankSegment(2, 3, tuple(range(16, 32))))
     OTHER = (LowRankSegment(1, 4, tuple(range(40, 48))),)
 

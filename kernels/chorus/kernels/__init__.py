@@ -8,6 +8,7 @@ from chorus.kernels.attention_tables import Capacity as AttentionCapacity
 from chorus.kernels.attention_tables import decode_ranges
 from chorus.kernels.head import HeadPlan, head
 from chorus.kernels.low_rank import LowRankPlan, low_rank, low_rank_group
+from chorus.kernels.low_rank_choice import capacity_family as low_rank_family
 from chorus.kernels.low_rank_tables import Capacity as LowRankCapacity
 from chorus.kernels.low_rank_tables import StaticTables
 from chorus.kernels.packed_attention import PackedPlan, packed_attention
@@ -18,7 +19,6 @@ from chorus.kernels.rope_store import RopePlan, qk_norm_rope_store
 from chorus.kernels.row_ops import row_add, row_scale, row_select
 from chorus.kernels.row_plan import RowPlan
 from chorus.kernels.silu_mul import gelu_tanh_mul, silu_mul
-from chorus.kernels.tuning import family_of as low_rank_family
 from chorus.kernels.types import (
     Activation,
     AttentionRow,

@@ -205,7 +205,7 @@ def _low_rank(segments: Sequence[SlotSegment], rows: int, pool: AdapterPool) -> 
     if not rank:
         return None
     longest = max(segment.end - segment.start for segment in segments)
-    return LowRankCapacity(rows, _round_up(rank, least=LEAST_RANK), low_rank_family(longest))
+    return LowRankCapacity(rows, _round_up(rank, least=LEAST_RANK), low_rank_family(rows, longest))
 
 
 def _round_rows(rows: int) -> int:
