@@ -10,12 +10,14 @@ from torch import Tensor
 from chorus.kernels import (
     AttentionPlan,
     AttentionRow,
+    LowRankCapacity,
     LowRankPlan,
     LowRankSegment,
     RankPool,
     low_rank_group,
     paged_attention,
 )
+from chorus.kernels.tuning import Family
 from common import SHAPE_144M
 
 ROWS, RANK = 16, 16
@@ -127,18 +129,34 @@ def _weights(sites: Sequence[tuple[int, int]], random: Callable[[int, int], Tens
         used[k, n] = turn + 1
 
 
-def low_rank_contestants(case: LowRankCase) -> dict[str, Work]:
-    """Ours, a loop, a bmm, and one GEMM over all adapters' rank rows, each of which adds the deltas to y; the base
-    linears, for scale."""
-    plan = LowRankPlan(case.segments, case.x[0].device)
+def with_plan(case: LowRankCase, plan: LowRankPlan) -> Work:
+    """Adds the deltas to y by our operator."""
     sites = [(case.y[a:b], case.x[a], case.pool[a:b], [plan] * (b - a)) for a, b in case.groups]
-    count, widest = len(case.segments), max(len(s.pool_rows) for s in case.segments)
-    own = _own_lanes(case.segments, case.pool[0].a)
-    padded = [[_padded(table, case.segments, widest) for table in (pool.a, pool.b)] for pool in case.pool]
 
     def ours() -> None:
         for ys, x, pools, plans in sites:
             low_rank_group(ys, x, pools, plans)
+
+    return ours
+
+
+def static_contestants(case: LowRankCase) -> dict[str, Work]:
+    """Ours as a CUDA graph of decodes has it, in tables for any batch of as many rows: each family that may serve."""
+    rows, rank = case.x[0].shape[0], max(len(s.pool_rows) for s in case.segments)
+    found = {}
+    for family in (Family.SMALL, Family.GROUPED, Family.SLOTS):
+        capacity = LowRankCapacity(rows, rank, family)
+        plan = LowRankPlan(case.segments, case.x[0].device, capacity=capacity)
+        found[f"static {family.name.lower()}"] = with_plan(case, plan)
+    return found
+
+
+def low_rank_contestants(case: LowRankCase) -> dict[str, Work]:
+    """Ours, a loop, a bmm, and one GEMM over all adapters' rank rows, each of which adds the deltas to y; the base
+    linears, for scale."""
+    count, widest = len(case.segments), max(len(s.pool_rows) for s in case.segments)
+    own = _own_lanes(case.segments, case.pool[0].a)
+    padded = [[_padded(table, case.segments, widest) for table in (pool.a, pool.b)] for pool in case.pool]
 
     def base() -> None:
         for x, weight in zip(case.x, case.weight, strict=True):
@@ -160,7 +178,7 @@ def low_rank_contestants(case: LowRankCase) -> dict[str, Work]:
             y.addmm_((x @ pool.a.T).mul_(own), pool.b, alpha=0.5)
 
     return {
-        "chorus": ours,
+        "chorus": with_plan(case, LowRankPlan(case.segments, case.x[0].device)),
         "base linears": base,
         "loop over adapters": loop,
         "padded bmm": bmm,

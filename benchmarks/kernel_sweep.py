@@ -6,12 +6,23 @@ A pass calls a contestant on several copies of the inputs, past the L2 cache; it
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from kernel_cases import PASS_BYTES, Group, LowRankCase, Work, layer_groups, low_rank_case, low_rank_contestants
+from kernel_cases import (
+    PASS_BYTES,
+    Group,
+    LowRankCase,
+    Work,
+    layer_groups,
+    low_rank_case,
+    low_rank_contestants,
+    static_contestants,
+)
 from kernel_timing import Ceilings, seconds
 
 LOOPED_ADAPTERS = 64  # above, the loop over adapters is thousands of launches and nothing else
 MIXED = (8, 16, 32, 128)
 DECODES = ((1, 1), (16, 16), (64, 64), (256, 256), (64, 4), (64, 8), (256, 16))
+# Rows of a graph's decodes and their adapters: where one family of static plans or another is predicted to win.
+STATIC = ((64, 16), (64, 1), (128, 16), (256, 32), (256, 1))
 PREFILLS = ((2048, 1), (2048, 8), (8192, 8))
 HIDDEN, KV, FFN = 4096, 1024, 14336
 
@@ -19,12 +30,13 @@ Peer = Callable[[str, Any], Work | None]
 
 
 class SweepCase(NamedTuple):
-    """Deltas of `rows` rows at the sites of `groups`, an adapter for each of `ranks`."""
+    """Deltas of `rows` rows at the sites of `groups`, an adapter for each of `ranks`; with `static` plans too."""
 
     shape: str
     groups: tuple[Group, ...]
     rows: int
     ranks: tuple[int, ...]
+    static: bool = False
 
     @property
     def name(self) -> str:
@@ -57,11 +69,13 @@ class SweepCase(NamedTuple):
 def llama_cases() -> Iterator[SweepCase]:
     """Llama-3-8B: a layer's seven linears; then q or o, k or v, gate or up, down, each alone.
 
-    Decodes all distinct, prefill of few adapters, other ranks and mixed ones.
+    Decodes all distinct and of few adapters, prefill of few adapters, other ranks and mixed ones.
     """
     layer = layer_groups(HIDDEN, KV, FFN)
     for rows in (1, 16, 64):
         yield SweepCase("layer", layer, rows, (16,) * rows)
+    for rows, adapters in STATIC:
+        yield SweepCase("layer", layer, rows, (16,) * adapters, static=True)
     for k, n in ((HIDDEN, HIDDEN), (HIDDEN, KV), (HIDDEN, FFN), (FFN, HIDDEN)):
         for rows, adapters in (*DECODES, *PREFILLS):
             yield single(k, n, rows, (16,) * adapters)
@@ -99,7 +113,7 @@ def sweep(
 
 
 def _contestants(inputs: LowRankCase, case: SweepCase, peers: dict[str, Peer]) -> dict[str, Work]:
-    contestants = low_rank_contestants(inputs)
+    contestants = low_rank_contestants(inputs) | (static_contestants(inputs) if case.static else {})
     if len(case.ranks) > LOOPED_ADAPTERS:
         del contestants["loop over adapters"]
     for name, peer in peers.items():

@@ -16,7 +16,7 @@ import torch
 import kernel_cases
 import kernel_sweep
 import kernel_timing
-from kernel_cases import LowRankCase, layer_groups, low_rank_case, low_rank_contestants
+from kernel_cases import LowRankCase, layer_groups, low_rank_case, low_rank_contestants, static_contestants
 from kernel_sweep import SweepCase, llama_cases, single, sweep
 from kernel_timing import Ceilings
 
@@ -49,13 +49,21 @@ def test_every_contestant_and_a_peer_are_timed_on_the_same_inputs() -> None:
     assert cases[0].copies > 1
 
 
+@pytest.mark.usefixtures("_small_passes")
+def test_static_plans_of_each_family_are_timed_where_a_case_says_so() -> None:
+    cases = [SweepCase("layer", SMALL_LAYER, 4, (8, 16), static=static) for static in (False, True)]
+    without, with_them = (set(row["seconds"]) for row in sweep(cases, CEILINGS, {}, "cpu"))
+    assert with_them - without == {"static small", "static grouped", "static slots"}
+
+
 @pytest.mark.parametrize("ranks", [(16, 16), (8, 32)])
 def test_contestants_of_low_rank_compute_the_same(ranks: tuple[int, ...]) -> None:
     results = []
-    for name in ("chorus", "loop over adapters", "padded bmm", "all slots in one GEMM"):
+    ours = ("chorus", "static small", "static grouped", "static slots")
+    for name in (*ours, "loop over adapters", "padded bmm", "all slots in one GEMM"):
         case = low_rank_case("cpu", SMALL_LAYER, 6, ranks, torch.float32)
         before = [y.clone() for y in case.y]
-        low_rank_contestants(case)[name]()
+        (low_rank_contestants(case) | static_contestants(case))[name]()
         results.append([y - old for y, old in zip(case.y, before, strict=True)])
     assert min(delta.abs().max() for delta in results[0]) > 1
     for result in results[1:]:
@@ -111,7 +119,7 @@ def test_llamas_cases_span_what_the_targets_name() -> None:
 def test_the_cases_that_the_predictions_name_are_swept() -> None:
     page = (SCRIPT.parents[1] / "docs/kernels-predictions.md").read_text()
     named = re.findall(r"`(\w+\s+rows \d+ adapters \d+ \w+)`", page)
-    assert len(named) == 3
+    assert len(named) == 8
     assert set(named) <= {case.name for case in llama_cases()}
 
 
