@@ -115,6 +115,27 @@ def test_the_queue_does_not_matter_while_all_rows_are_taken_by_those_no_less_imp
     assert bench.scheduler.ahead(schedule, 0.0) is None, "somebody has to go"
 
 
+def test_the_queue_does_not_matter_while_its_first_finds_no_room() -> None:
+    def bench_of_two_beside_a_long_prompt() -> tuple[Bench, Schedule]:
+        bench = Bench(blocks=12, block_size=4)
+        decoding(bench, {"prompt": 12}, {"prompt": 12})
+        bench.add(prompt=24)
+        schedule, following = launched(bench)
+        assert following is not None
+        book(bench, schedule, TOKEN, TOKEN)
+        return bench, following
+
+    bench, schedule = bench_of_two_beside_a_long_prompt()
+    assert bench.scheduler.ahead(schedule, 0.0) is not None
+    bench, schedule = bench_of_two_beside_a_long_prompt()
+    bench.scheduler.abort(1)
+    assert bench.scheduler.ahead(schedule, 0.0) is None, "there is room now"
+    bench, schedule = bench_of_two_beside_a_long_prompt()
+    bench.scheduler.abort(3)
+    bench.add(prompt=4)
+    assert bench.scheduler.ahead(schedule, 0.0) is None, "somebody else is in turn"
+
+
 def test_nothing_is_laid_out_ahead_of_a_prompt_under_way() -> None:
     bench = Bench(max_step_tokens=8)
     decoding(bench, {"prompt": 4})

@@ -38,6 +38,14 @@ class Wait(NamedTuple):
     until: int
 
 
+class Refusal(NamedTuple):
+    """Who was in turn and found no room, behind so many pages that it need not compute, beside so many who ran."""
+
+    seq: Sequence
+    found: int
+    running: int
+
+
 class Admission:
     """The queue before the running ones. `begin` a step, then `admit`, as often as there is somebody to go before."""
 
@@ -49,11 +57,13 @@ class Admission:
         self._cost = cost
         self._heads: list[tuple[Rank, WaitingGroup]] = []
         self._now = 0.0
+        self._refused: Refusal | None = None
         self.waiting = WaitingQueue()
 
     def begin(self, now: float) -> None:
         """Puts the queue in order, after those aside are back who wait for nothing any more."""
         self._now = now
+        self._refused = None
         self.waiting.recall(self._running, now)
         self._heads = self.waiting.heads()
 
@@ -78,19 +88,27 @@ class Admission:
                 self._start(seq, slot, plan)
             else:
                 self._running.release_adapter(seq)
+                self._refused = self._refusal(seq)
                 heads.clear()
                 break
             if group.queue:
                 insort(heads, (rank(group.queue.first), group))
 
     def is_closed(self, leaving: int) -> bool:
-        """Whether nobody joins the next step, so many running ones having left: there is nobody, or no row for them."""
+        """Whether nobody joins the next step, so many running ones having left, as far as that is easy to tell.
+
+        Nobody is there, or has a row; or who is in turn had no room in the last step, and there is no more since: those
+        who run only grow.
+        """
         if len(self._requests) == len(self._running):
             return True
         heads = self.waiting.heads()
-        if leaving or self._running.has_row() or not heads or self.waiting.has_aside:
+        if leaving or not heads or self.waiting.has_aside:
             return False
-        return not self._running.less_important(heads[0][1].queue.first.priority)
+        first = heads[0][1].queue.first
+        if self._running.less_important(first.priority):
+            return False
+        return not self._running.has_row() or self._refused == self._refusal(first)
 
     def send_back(self, seq: Sequence, now: float) -> None:
         """A running one to the front of its priority's queue: its tokens stay, what was computed of them is lost."""
@@ -110,6 +128,9 @@ class Admission:
         if seq in plan.preempted or not plan.takes_prompts:
             return False
         return (plan.budget > 0 and self._running.has_row()) or bool(self._running.less_important(seq.priority))
+
+    def _refusal(self, seq: Sequence) -> Refusal:
+        return Refusal(seq, len(self._pool.find(self._needed(seq))), len(self._running))
 
     def _needed(self, seq: Sequence) -> list[bytes]:
         """The keys of the pages that it can start behind; those of all its full pages are known afterwards."""
