@@ -151,10 +151,12 @@ def test_who_has_a_row_that_is_not_finite_fails_and_the_row_behind_it_is_nobodys
     world: TinyWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(make_engine(world.base, max_step_tokens=64), together())
-    forward = Runner.forward
+    forward, launches = Runner.forward, [0, 0]
 
     def broken(self: Runner, layout: Layout, drawn: Any = None) -> Any:
+        launches[0] += 1
         logits = forward(self, layout, drawn)
+        launches[1] += 1
         for row, position in enumerate(layout.positions):
             if position >= GUILTY_AT:
                 logits[row] = torch.nan
@@ -164,6 +166,7 @@ def test_who_has_a_row_that_is_not_finite_fails_and_the_row_behind_it_is_nobodys
     engine = make_engine(world.base, max_step_tokens=64, overlap=True)
     told = run(engine, together(), may_fail=[1])
     assert {request_id: event.reason for request_id, event in told.failed.items()} == {1: "NOT_FINITE"}
+    assert launches[0] == launches[1], "what can not be looked up ends a GPU"
     del expected.outputs[1, 0], told.outputs[1, 0]
     assert told.outputs == expected.outputs
     while engine.has_work:

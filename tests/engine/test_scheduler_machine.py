@@ -125,7 +125,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.abort(data)
         self.model.advance(schedule, tokens)
 
-    @rule(data=st.data(), count=st.integers(1, 12), tokens=st.lists(st.integers(0, 40), min_size=5, max_size=5))
+    @rule(data=st.data(), count=st.integers(1, 6), tokens=st.lists(st.integers(0, 40), min_size=5, max_size=5))
     def run_ahead(self, data: st.DataObject, count: int, tokens: list[int]) -> None:
         """Runs steps of which each is laid out before the one before is booked, as far as that goes; some abort."""
         following: Schedule | None = None

@@ -36,7 +36,8 @@ def test_replays_of_a_recording_serve_batches_of_other_tenants(
         submit = m.Submit(i, tuple(prompt), sampling, reference(base, folder) if folder else None)
         arrivals.setdefault(step, []).append(submit)
     tape = Tape()
-    engine = make_engine(base, block_size=8, max_step_tokens=64, record=tape)
+    overlap = family == "qwen3"
+    engine = make_engine(base, block_size=8, max_step_tokens=64, record=tape, overlap=overlap)
     hold(engine, [reference(base, folder) for folder in adapters if folder])
     got = run(engine, arrivals)
     for i, (prompt, (_, new, which, _)) in enumerate(zip(prompts, REQUESTS, strict=True)):
