@@ -12,6 +12,7 @@ from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from chorus.kernels import AttentionPlan, AttentionRow, paged_attention, reference, relative_bias, store_kv
+from chorus.kernels.attention_plan import FEW_KEYS
 from support.attention import batch, check
 
 CPU = torch.device("cpu")
@@ -44,6 +45,7 @@ def dense(
     window=st.sampled_from([None, 1, 5]),
     cap=st.sampled_from([None, 2.0]),
     specification=st.booleans(),
+    short=st.booleans(),
     spare=st.integers(1, 12),
     seed=st.integers(0, 999),
 )
@@ -53,10 +55,14 @@ def test_packed_paged_attention_equals_dense_attention_per_sequence(
     window: int | None,
     cap: float | None,
     specification: bool,
+    short: bool,
     spare: int,
     seed: int,
 ) -> None:
-    """Decodes (1 new token) and chunks over a prefix of any length, in one pack, pages scattered and reused unclean."""
+    """Decodes (1 new token) and chunks over a prefix of any length, in one pack, pages scattered and reused unclean.
+
+    Chunks are computed as so many decodes where they are `short`.
+    """
     generator = torch.Generator().manual_seed(seed)
     h, h_kv, d = *heads, 8
     blocks_needed = sum(-(-(new + old) // BLOCK) for new, old in lengths)
@@ -83,7 +89,8 @@ def test_packed_paged_attention_equals_dense_attention_per_sequence(
     if specification:
         got = reference.paged_attention(query, k_cache, v_cache, rows, scale=0.3, window=window, soft_cap=cap)
     else:
-        got = paged_attention(query, k_cache, v_cache, plan, scale=0.3, window=window, soft_cap=cap)
+        with patch("chorus.kernels.attention_plan.FEW_KEYS", FEW_KEYS if short else 0):
+            got = paged_attention(query, k_cache, v_cache, plan, scale=0.3, window=window, soft_cap=cap)
     for row, k, v in zip(rows, keys, values, strict=True):
         expected = dense(query[row.start : row.end], k, v, 0.3, window, cap)
         torch.testing.assert_close(got[row.start : row.end].double(), expected, rtol=1e-5, atol=1e-5)
@@ -215,12 +222,14 @@ def test_cross_attention_over_cached_keys_is_what_t5_computes() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("cap", "biased"), [(5.0, False), (None, True), (2.0, True)])
-def test_a_chunk_is_the_same_in_pieces(dtype: torch.dtype, cap: float | None, biased: bool) -> None:
-    """A chunk over a prefix with a cap or a bias, a few queries at a time, against the specification in float64."""
+@pytest.mark.parametrize("few_keys", [0, FEW_KEYS])
+def test_a_chunk_is_the_same_in_pieces(dtype: torch.dtype, cap: float | None, biased: bool, few_keys: int) -> None:
+    """A chunk over a prefix with a cap or a bias, few queries at a time or one, against the float64 specification."""
     query, k_cache, v_cache, rows = batch([(37, 20), (1, 9)], (4, 2), 16, dtype, 3)
     options: dict[str, Any] = {"scale": 0.3, "window": 30, "soft_cap": cap}
     options["bias"] = torch.randn(4, 2 * 7 + 1) if biased else None
-    with patch("chorus.kernels.dense_attention.PIECE", 4 * 57 * 5):
+    pieces = patch("chorus.kernels.dense_attention.PIECE", 4 * 57 * 5)
+    with pieces, patch("chorus.kernels.attention_plan.FEW_KEYS", few_keys):
         got = paged_attention(query, k_cache, v_cache, AttentionPlan(rows, 16, CPU), **options)
     exact = reference.paged_attention(query.double(), k_cache.double(), v_cache.double(), rows, **options)
     check(got, exact, torch.bfloat16 if dtype is torch.bfloat16 else torch.float32)

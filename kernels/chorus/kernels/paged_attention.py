@@ -1,8 +1,7 @@
 """`store_kv` and `paged_attention`: a packed batch of decodes and prefill chunks over a paged KV cache.
 
-On CPU all decode rows are one call of a kernel (`native.decode_attention`). A prefill chunk is a call of its own: one
-gather of its pages and one SDPA, 0.1 ms that the chunk's own work hides; it is in pieces where there is a soft cap or a
-bias (`dense_attention`).
+On CPU all decodes and short chunks are one call of a kernel (`native.decode_attention`). A long chunk is a call of its
+own: one gather of its pages and one SDPA; it is in pieces where there is a soft cap or a bias (`dense_attention`).
 
 On CUDA the Triton kernels run (`triton_attention`), decodes and chunks in two launches, over tables that the plan
 (`attention_plan`) builds.

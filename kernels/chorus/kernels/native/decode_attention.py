@@ -26,16 +26,21 @@ from chorus.kernels.types import AttentionRow
 
 
 class DecodeRows:
-    """R rows of one new token each, as the kernel reads them: int32, their places in the batch, contexts, where each
-    one's pages begin in the list after it."""
+    """The new tokens of some sequences, R in all, each as a row of its own that sees its context; as the kernel reads
+    them: int32, their places in the batch, contexts, where the pages of each begin in the list after that."""
 
-    def __init__(self, rows: Sequence[AttentionRow], block_size: int) -> None:
+    def __init__(self, rows: Sequence[AttentionRow], block_size: int, *, causal: bool = True) -> None:
         used = [row.blocks[: -(-row.context // block_size)] for row in rows]
-        first = np.cumsum([0, *map(len, used)][:-1])
-        parts = [row.start for row in rows], [row.context for row in rows], first, *used
-        self.table = torch.from_numpy(np.concatenate([np.asarray(part, np.int32) for part in parts]))
-        self.count = len(rows)
-        self.longest = max(row.context for row in rows)
+        first_page = np.cumsum([0, *map(len, used)][:-1])
+        start, end, context = np.array([(row.start, row.end, row.context) for row in rows]).T
+        tokens = end - start
+        self.count = int(tokens.sum())
+        token = np.arange(self.count) - np.repeat(np.cumsum(tokens) - tokens, tokens)  # of its sequence's new ones
+        behind = np.repeat(tokens - 1, tokens) - token if causal else 0
+        each = [np.repeat(start, tokens) + token, np.repeat(context, tokens) - behind, np.repeat(first_page, tokens)]
+        parts = [np.asarray(part, np.int32) for part in (*each, *used)]
+        self.table = torch.from_numpy(np.concatenate(parts))
+        self.longest = int(context.max())
 
 
 def decode_attention(
@@ -101,8 +106,8 @@ def _kernel(held: type, dim: int, block: int) -> Compiled:
             item = take_ticket(arguments)
             if item >= rows * kv_heads:
                 break
-            row = item // kv_heads
-            head = item - row * kv_heads
+            row = rows - 1 - item // kv_heads  # a chunk's last tokens see most: those first
+            head = item % kv_heads
             context = numba.int64(contexts[row])
             begin = max(context - window, 0) if window > 0 else 0
             first_page, end_page = begin // block, (context + block - 1) // block
