@@ -94,6 +94,9 @@ def check_store(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, sl
     for name, tensor in (("key", key), ("value", value), ("v_cache", v_cache)):
         if tensor.dtype != k_cache.dtype or tensor.device != k_cache.device:
             raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}, want {k_cache.dtype} on {k_cache.device}")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if not cache.is_contiguous():
+            raise ValueError(f"{name}: want a contiguous tensor")
     if slots.dtype != torch.int64 or slots.dim() != 1 or slots.device != key.device:
         raise ValueError(f"slots: want [T] int64 on {key.device}, got {tuple(slots.shape)} of {slots.dtype}")
     if slots.device.type == "cpu" and len(slots):

@@ -1,14 +1,28 @@
-"""Who computes: Triton or torch. The one place that decides it for plans and operators.
+"""Who computes: a compiled kernel, Triton or torch. The one place that decides it for plans and operators.
 
 on CUDA, or asked to       in TRITON_DTYPES          a Triton kernel
                            in other dtypes           the specification (`reference`)
-on a CPU                                             vectorised torch
+on a CPU                   in native.HELD_AS         a compiled kernel (`native`), where there is one, else torch
+                           in other dtypes           torch, or the specification
 elsewhere                                            the specification
+
+A norm or a gated product in float32 is torch's own on a CPU: no rounding at its end hides the order of its sums or its
+exponential, and models keep transformers' numbers to the bit.
 """
 
 import torch
+from torch import Tensor
+
+from chorus.kernels.native.numbers import HELD_AS
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def runs_native(tensor: Tensor, *, rounds: bool = False) -> bool:
+    """Whether a compiled kernel runs on such tensors; `rounds` asks for dtypes whose rounding hides orders of sums."""
+    if not tensor.is_cpu:
+        return False
+    return tensor.dtype in HELD_AS and not (rounds and tensor.dtype == torch.float32)
 
 
 def runs_triton(device: torch.device, asked: bool | None = None) -> bool:

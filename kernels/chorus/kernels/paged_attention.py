@@ -16,15 +16,16 @@ from chorus.kernels.attention_checks import check_attention, check_cache, check_
 from chorus.kernels.attention_plan import AttentionPlan
 from chorus.kernels.attention_tuning import attend_tiles
 from chorus.kernels.dense_attention import dense_attention
+from chorus.kernels.dispatch import runs_native
+from chorus.kernels.native import rope_store as native
 from chorus.kernels.native.decode_attention import decode_attention
-from chorus.kernels.native.numbers import HELD_AS
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Writes row t's key and value to cache position slots[t]; see `reference.store_kv`.
 
     Raises:
-        ValueError: naming the argument whose shape, dtype or device does not fit, or slots outside of a cache on CPU.
+        ValueError: naming the argument whose shape, dtype or device does not fit; on CPU also slots outside of a cache.
     """
     check_store(key, value, k_cache, v_cache, slots)
     if key.device.type == "cuda":
@@ -32,23 +33,11 @@ def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots
 
         store_kv_op(key, value, k_cache, v_cache, slots)
         return
-    if key.shape[0] == 0:
+    if not runs_native(key):
+        reference.store_kv(key, value, k_cache, v_cache, slots)
         return
-    block_size = k_cache.shape[2]
-    at = slots // block_size, slots % block_size
-    for cache, new in ((k_cache, key), (v_cache, value)):
-        cache.transpose(1, 2).index_put_(at, storable(new))
-
-
-def storable(new: Tensor) -> Tensor:
-    """Keys or values with 0 for what `reference.store_kv` does not store; on CPU.
-
-    One pass tells that there is nothing to replace; a NaN is not below the limit either. float16 would make the limit
-    infinite.
-    """
-    if not new.numel() or float(new.abs().amax()) <= reference.KV_LIMIT:
-        return new
-    return torch.where(new.abs().float() <= reference.KV_LIMIT, new, 0)
+    key, value = (new if new.stride(2) == 1 else new.contiguous() for new in (key, value))
+    native.store_kv(key, value, (k_cache, v_cache), slots)
 
 
 def paged_attention(
@@ -77,7 +66,7 @@ def paged_attention(
         raise ValueError(f"{'bias' if window is None else 'window'}: tokens have no position in another's context")
     if plan.runs_triton and attend_tiles(query.shape[2], query.dtype, ""):
         return _on_triton(query, k_cache, v_cache, plan, scale, window, soft_cap, bias)
-    if query.device.type != "cpu" or query.dtype not in HELD_AS:
+    if not runs_native(query):
         return reference.paged_attention(
             query,
             k_cache,

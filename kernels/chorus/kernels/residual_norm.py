@@ -3,7 +3,8 @@
     residual += x        out = norm(residual) * weight (+ bias), weight and bias by row where a segment has its own
 
 Three norms, each rounded where transformers rounds it, so that models keep their numbers: RMSNorm as Llama has it,
-Gemma's with (1 + weight), LayerNorm. On CPU that is torch's own norm and a product; on CUDA one launch.
+Gemma's with (1 + weight), LayerNorm. One launch, of a compiled kernel on a CPU (`native.residual_norm`), of Triton's on
+CUDA; in float32 on a CPU it is torch's own norm and a product (`dispatch` says why).
 """
 
 import torch
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chorus.kernels import reference
-from chorus.kernels.dispatch import TRITON_DTYPES, runs_triton
+from chorus.kernels.dispatch import TRITON_DTYPES, runs_native, runs_triton
+from chorus.kernels.native import residual_norm as native
 from chorus.kernels.pointwise_tuning import widest_norm
 from chorus.kernels.row_ops import check_rows
 from chorus.kernels.row_plan import CpuRows, RowPlan
@@ -34,6 +36,10 @@ def residual_norm(
     on_triton = runs_triton(residual.device, triton) if plan is None else plan.runs_triton
     if on_triton and residual.dtype in TRITON_DTYPES:
         return _on_triton(residual, x, norm, plan if uses_pool else None)
+    if not on_triton and runs_native(residual, rounds=True):
+        out = torch.empty_like(residual, memory_format=torch.contiguous_format)
+        native.residual_norm(out, residual, x, norm, plan.slot_of_row if plan is not None and uses_pool else None)
+        return out
     if residual.device.type != "cpu" or on_triton:
         return reference.residual_norm(residual, x, norm, plan.segments if plan is not None else ())
     if x is not None:

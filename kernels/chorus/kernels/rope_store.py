@@ -4,17 +4,17 @@
                            ── k ── norm ── rotate ── store ─> k_cache
                            ── v ──────────────────── store ─> v_cache
 
-Queries and keys are rotated together. On CPU a key that is fit to be stored costs one look at its largest value instead
-of three passes, and one indexed copy; on CUDA everything is one launch (`triton_rope_store`).
+One launch: on a CPU of a compiled kernel (`native.rope_store`), on CUDA of Triton's (`triton_rope_store`).
 """
 
+from functools import cached_property
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from chorus.kernels import reference
-from chorus.kernels.dispatch import TRITON_DTYPES, runs_triton
-from chorus.kernels.paged_attention import storable
+from chorus.kernels.dispatch import TRITON_DTYPES, runs_native, runs_triton
+from chorus.kernels.native import rope_store as native
 from chorus.kernels.types import Norm
 
 
@@ -42,33 +42,19 @@ class RopePlan:
             raise ValueError(f"cos, sin, slots: on {cos.device}, {sin.device} and {slots.device}")
         self.cos, self.sin, self.slots, self.interleaved = cos, sin, slots, interleaved
         self.runs_triton = runs_triton(cos.device, triton)
-        self._cache_rows: dict[tuple[int, int], Tensor] = {}
-        self._wide: tuple[Tensor, Tensor] | None = None
 
     @property
     def width(self) -> int:
         """R."""
         return 2 * self.cos.shape[1]
 
-    def wide(self) -> tuple[Tensor, Tensor]:
-        """cos, and sin with the sign of each dimension's partner: [T, 1, R]."""
-        if self._wide is None:
-            cos, signed = (self.cos, self.cos), (-self.sin, self.sin)
-            joined = (
-                torch.stack(p, dim=-1).flatten(1) if self.interleaved else torch.cat(p, dim=-1) for p in (cos, signed)
-            )
-            first, second = joined
-            self._wide = first[:, None], second[:, None]
-        return self._wide
-
-    def cache_rows(self, heads: int, block: int) -> Tensor:
-        """Rows of a cache [blocks * heads * block, D] for each row and head, [T, heads]."""
-        key = heads, block
-        if key not in self._cache_rows:
-            head = torch.arange(heads, device=self.slots.device)
-            page, offset = self.slots[:, None] // block, self.slots[:, None] % block
-            self._cache_rows[key] = (page * heads + head) * block + offset
-        return self._cache_rows[key]
+    @cached_property
+    def ends(self) -> tuple[int, int]:
+        """The lowest and the highest slot where compiled code writes at them; Triton's kernel looks for itself."""
+        if self.runs_triton or not self.slots.is_cpu or not len(self.slots):
+            return 0, -1
+        lowest, highest = torch.aminmax(self.slots)
+        return int(lowest), int(highest)
 
 
 def qk_norm_rope_store(
@@ -99,46 +85,17 @@ def qk_norm_rope_store(
             qkv, k_cache, v_cache, plan.cos, plan.sin, plan.slots, *weights, kind, eps, plan.interleaved
         )
         return query
-    if qkv.device.type != "cpu" or plan.runs_triton:
+    if plan.runs_triton or not runs_native(qkv):
         return reference.qk_norm_rope_store(
             qkv, k_cache, v_cache, plan.cos, plan.sin, plan.slots,
             q_norm=q_norm, k_norm=k_norm, interleaved=plan.interleaved,
         )  # fmt: skip
-    kv_heads, block = k_cache.shape[1:3]
-    heads = qkv.shape[1] - 2 * kv_heads
-    query_key, value = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-    if q_norm is not None and k_norm is not None:
-        query_key = _normed(query_key, heads, q_norm, k_norm)
-    query_key = _rotated(query_key, plan)
-    rows = plan.cache_rows(kv_heads, block)
-    k_cache.view(-1, k_cache.shape[3])[rows] = storable(query_key[:, heads:])
-    v_cache.view(-1, v_cache.shape[3])[rows] = storable(value)
-    return query_key[:, :heads].contiguous()
-
-
-def _normed(query_key: Tensor, heads: int, q_norm: Norm, k_norm: Norm) -> Tensor:
-    """All heads at once, then each part's weight: one norm instead of two and a copy."""
-    dtype, shape = query_key.dtype, query_key.shape[2:]
-    plus_one = q_norm.kind == "rms_plus_one"
-    wide = query_key.to(torch.promote_types(dtype, torch.float32)) if plus_one else query_key
-    normed = F.rms_norm(wide, shape, None, q_norm.eps)
-    for part, norm in ((normed[:, :heads], q_norm), (normed[:, heads:], k_norm)):
-        part.mul_(norm.one_plus_weight if plus_one else norm.weight)
-    return normed.to(dtype)
-
-
-def _rotated(x: Tensor, plan: RopePlan) -> Tensor:
-    """A new tensor. Three passes: rolling the halves is 7 us, a product into each half 19 (16 rows, 20 heads of 64)."""
-    cos, sin = plan.wide()
-    turned = x if plan.width == x.shape[2] else x[..., : plan.width]
-    if plan.interleaved:
-        partner = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    else:
-        partner = torch.roll(turned, plan.width // 2, -1)
-    out = torch.mul(turned, cos).addcmul_(partner, sin)
-    if out.dtype != x.dtype:
-        out = out.to(x.dtype)
-    return out if plan.width == x.shape[2] else torch.cat((out, x[..., plan.width :]), dim=-1)
+    query = qkv.new_empty(qkv.shape[0], qkv.shape[1] - 2 * k_cache.shape[1], qkv.shape[2])
+    native.qk_norm_rope_store(
+        query, qkv, (k_cache, v_cache), (plan.cos, plan.sin), plan.slots,
+        norms=None if q_norm is None or k_norm is None else (q_norm, k_norm), interleaved=plan.interleaved,
+    )  # fmt: skip
+    return query
 
 
 def _check(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: RopePlan) -> None:
@@ -156,6 +113,9 @@ def _check(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: RopePlan) -> Non
             raise ValueError(f"{name}: want contiguous {qkv.dtype} on {qkv.device}")
     if qkv.shape[0] != plan.slots.shape[0] or qkv.device != plan.cos.device:
         raise ValueError(f"plan: {plan.slots.shape[0]} rows on {plan.cos.device}, qkv has {qkv.shape[0]}")
+    lowest, highest = plan.ends
+    if lowest < 0 or highest >= k_cache.shape[0] * k_cache.shape[2]:
+        raise ValueError(f"plan: slots {lowest} to {highest} do not lie in {k_cache.shape[0]} blocks")
     if plan.width > dim or plan.cos.dtype not in (qkv.dtype, torch.float32):
         raise ValueError(f"plan: rotates {plan.width} of {dim} dimensions by {plan.cos.dtype}")
 

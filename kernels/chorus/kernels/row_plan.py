@@ -9,6 +9,7 @@ once.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
@@ -93,12 +94,16 @@ class RowPlan:
         self.rows = rows
         self._used = sum(s.end - s.start for s in self.segments)
 
+    @cached_property
+    def slot_of_row(self) -> Tensor:
+        """[rows], int32, on the host; -1 where a row has none. For a CPU's kernels, whose plan is not written anew."""
+        return _dense(*_pairs(self.segments), self.rows)
+
     def _filled(self) -> Tensor:
         """Entries [n, 2], then slots [n]."""
         rows, slots = _pairs(self.segments)
         unused = self.entries - len(rows)
-        dense = torch.full((self.size,), -1, dtype=torch.int32)
-        dense[rows] = slots
+        dense = _dense(rows, slots, self.size)
         entries = torch.stack((rows.int(), slots), dim=1).flatten()
         return torch.cat((entries, torch.tensor([0, -1] * unused, dtype=torch.int32), dense))
 
@@ -109,6 +114,13 @@ def _pairs(segments: Sequence[SlotSegment]) -> tuple[Tensor, Tensor]:
     slots = torch.tensor([s.slot for s in segments], dtype=torch.int32)
     lengths = torch.tensor([s.end - s.start for s in segments], dtype=torch.int64)
     return rows, slots.repeat_interleave(lengths)
+
+
+def _dense(rows: Tensor, slots: Tensor, size: int) -> Tensor:
+    """The slot of each row of a batch of `size`."""
+    dense = torch.full((size,), -1, dtype=torch.int32)
+    dense[rows] = slots
+    return dense
 
 
 def _on_cpu(segments: Sequence[SlotSegment]) -> CpuRows | None:

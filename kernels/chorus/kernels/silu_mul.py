@@ -4,11 +4,12 @@ gate and up [T, N] may be the two halves of one product's columns: their rows ne
 activation gives is rounded before it is multiplied, as transformers does it.
 """
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from chorus.kernels import reference
-from chorus.kernels.dispatch import TRITON_DTYPES, runs_triton
+from chorus.kernels.dispatch import TRITON_DTYPES, runs_native, runs_triton
+from chorus.kernels.native.gated_mul import gated_mul
 from chorus.kernels.row_ops import check_rows
 
 
@@ -16,35 +17,32 @@ def silu_mul(gate: Tensor, up: Tensor, *, triton: bool | None = None) -> Tensor:
     """silu(gate) * up, a new tensor [T, N]. `triton` says whether Triton runs (on CUDA if None).
 
     Raises:
-        ValueError: gate and up differ in shape, dtype or device, or, for Triton, their rows are not contiguous.
+        ValueError: gate and up differ in shape, dtype or device, or, for a kernel, their rows are not contiguous.
     """
-    if _runs_triton(gate, up, triton):
-        return _on_triton(gate, up, "silu")
-    return F.silu(gate).mul_(up)
+    return _gated_mul(gate, up, "silu", triton)
 
 
 def gelu_tanh_mul(gate: Tensor, up: Tensor, *, triton: bool | None = None) -> Tensor:
     """gelu(gate) * up with the tanh approximation of gelu, as Gemma has it; otherwise as `silu_mul`."""
-    if _runs_triton(gate, up, triton):
-        return _on_triton(gate, up, "gelu_tanh")
-    return F.gelu(gate, approximate="tanh").mul_(up)
+    return _gated_mul(gate, up, "gelu_tanh", triton)
 
 
-def _on_triton(gate: Tensor, up: Tensor, activation: reference.GatedActivation) -> Tensor:
-    if gate.dtype not in TRITON_DTYPES:
-        return reference.gated_mul(gate, up, activation)
-    from chorus.kernels.pointwise_launch import gated_mul_op  # Triton is not everywhere
-
-    check_rows("gate", gate, gate.device)
-    check_rows("up", up, gate.device)
-    out: Tensor = gated_mul_op(gate, up, activation)
-    return out
-
-
-def _runs_triton(gate: Tensor, up: Tensor, triton: bool | None) -> bool:
+def _gated_mul(gate: Tensor, up: Tensor, activation: reference.GatedActivation, triton: bool | None) -> Tensor:
     if gate.dim() != 2 or gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
         raise ValueError(f"gate, up: want one shape [T, N], got {_said(gate)} and {_said(up)}")
-    return runs_triton(gate.device, triton)
+    on_triton = runs_triton(gate.device, triton)
+    if gate.dtype not in TRITON_DTYPES or not (on_triton or runs_native(gate, rounds=True)):
+        return reference.gated_mul(gate, up, activation)
+    check_rows("gate", gate, gate.device)
+    check_rows("up", up, gate.device)
+    if on_triton:
+        from chorus.kernels.pointwise_launch import gated_mul_op  # Triton is not everywhere
+
+        launched: Tensor = gated_mul_op(gate, up, activation)
+        return launched
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    gated_mul(out, gate, up, activation)
+    return out
 
 
 def _said(tensor: Tensor) -> str:

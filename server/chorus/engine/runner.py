@@ -77,7 +77,9 @@ class Runner:
     ) -> Tensor:
         """Logits of `logit_rows`, of all rows if 0; lm_head sees these alone, so it has plans of its own."""
         for name, layer in self._base.adapted.items():
-            layer.plan = (head_plans if layer.site.is_lm_head else plans).get(name)
+            plan = (head_plans if layer.site.is_lm_head else plans).get(name)
+            if layer.plan is not plan:  # a module's attribute is dear to set, and plans outlive steps
+                layer.plan = plan
         if self._base.longrope is not None:
             self._base.longrope.is_long = is_long.bool()
         output = self._base.module(

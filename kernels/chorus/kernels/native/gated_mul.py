@@ -1,0 +1,75 @@
+"""`silu_mul` and `gelu_tanh_mul` on a CPU: a work item is a row.
+
+What the activation gives is rounded before it is multiplied. gelu's tanh form is a product with a logistic function,
+gate / (1 + e^-2u): both take one `exp` and one division.
+"""
+# numba compiles what it sees, whatever the types say.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from functools import cache
+
+import numba
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from chorus.kernels.native.numbers import HELD_AS, INLINE, exp, narrow, pointer, take_ticket, wide
+from chorus.kernels.native.team import EDITION, Compiled
+from chorus.kernels.reference import GatedActivation
+
+# A second thread for so many numbers: 5 us of work, what it takes to have it.
+_NUMBERS_OF_A_THREAD = 8192
+
+
+def gated_mul(out: Tensor, gate: Tensor, up: Tensor, activation: GatedActivation) -> None:
+    """Writes act(gate) * up to `out`, [T, N], contiguous; all of one dtype of two bytes, rows contiguous."""
+    rows, width = out.shape
+    _kernel(HELD_AS[out.dtype])(
+        1 + rows * width // _NUMBERS_OF_A_THREAD,
+        *(out, gate, up, rows, width, gate.stride(0), up.stride(0), int(activation == "gelu_tanh")),
+    )
+
+
+def prepare(dtype: torch.dtype) -> None:
+    """Compiles now what the first call would wait for."""
+    _kernel(HELD_AS[dtype])
+
+
+@cache
+def _kernel(held: type) -> Compiled:
+    edition, size = EDITION, np.dtype(held).itemsize
+
+    def gated_mul(arguments):
+        a = carray(arguments, (10,))
+        out_at, gate_at, up_at, rows, width = a[2], a[3], a[4], a[5], a[6]
+        gate_stride, up_stride, is_gelu = a[7], a[8], a[9]
+        while edition == a[1]:
+            row = take_ticket(arguments)
+            if row >= rows:
+                break
+            gate = carray(pointer(gate_at + size * row * gate_stride), (width,), held)
+            up = carray(pointer(up_at + size * row * up_stride), (width,), held)
+            out = carray(pointer(out_at + size * row * width), (width,), held)
+            if is_gelu:
+                for i in range(width):
+                    out[i] = _logistic_mul(gate[i], _twice_the_argument(wide(gate[i])), up[i])
+            else:
+                for i in range(width):
+                    out[i] = _logistic_mul(gate[i], wide(gate[i]), up[i])
+
+    return Compiled(gated_mul)
+
+
+@numba.njit(**INLINE)
+def _logistic_mul(gate, z, up):
+    """gate / (1 + e^-z), rounded, times up; `exp` ends at e^88, which is no infinity to a gate of 1e38."""
+    power = exp(-z) if z > np.float32(-88) else np.float32(np.inf)
+    activated = narrow(wide(gate) / (np.float32(1) + power), gate)
+    return narrow(wide(activated) * wide(up), gate)
+
+
+@numba.njit(**INLINE)
+def _twice_the_argument(g):
+    """Of the tanh in gelu: sqrt(8 / pi) (g + 0.044715 g^3)."""
+    return g * (np.float32(1.5957691216) + np.float32(0.0713548163) * g * g)
