@@ -117,3 +117,9 @@ def test_a_cache_in_pieces_is_refused() -> None:
     pieces = torch.zeros(2, 1, 4, 8).transpose(2, 3)
     with pytest.raises(ValueError, match="v_cache: want a contiguous tensor"):
         store_kv(torch.ones(2, 1, 4), torch.ones(2, 1, 4), whole, pieces, torch.arange(2))
+
+
+def test_slots_that_lie_apart_are_refused() -> None:
+    cache, new = torch.zeros(2, 1, 8, 4), torch.ones(2, 1, 4)
+    with pytest.raises(ValueError, match="slots: want a contiguous"):
+        store_kv(new, new, cache, cache.clone(), torch.arange(4)[::2])
