@@ -98,9 +98,7 @@ def check_store(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, sl
         if not cache.is_contiguous():
             raise ValueError(f"{name}: want a contiguous tensor")
     if slots.dtype != torch.int64 or slots.dim() != 1 or slots.device != key.device or not slots.is_contiguous():
-        raise ValueError(
-            f"slots: want a contiguous [T], int64 on {key.device}, got {slots.dtype} {tuple(slots.shape)}"
-        )
+        raise ValueError(f"slots: want a contiguous [T], int64 on {key.device}, got {slots.dtype} {tuple(slots.shape)}")
     if slots.device.type == "cpu" and len(slots):
         lowest, highest = (int(slot) for slot in torch.aminmax(slots))
         if lowest < 0 or highest >= k_cache.shape[0] * k_cache.shape[2]:
