@@ -3,7 +3,7 @@
 on CUDA, or asked to       in TRITON_DTYPES          a Triton kernel
                            in other dtypes           the specification (`reference`)
 on a CPU                   in native.HELD_AS         a compiled kernel (`native`), where there is one, else torch
-                           in other dtypes           torch, or the specification
+                           in other dtypes           torch, or the specification (low_rank, attention)
 elsewhere                                            the specification
 
 A norm or a gated product in float32 is torch's own on a CPU: no rounding at its end hides the order of its sums or its

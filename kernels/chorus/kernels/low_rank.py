@@ -1,9 +1,9 @@
 """`low_rank`: adds each segment's low-rank delta to the base's output, many adapters and mixed ranks in one call.
 
-On CPU a batch is cut into pieces of vectorised torch (`low_rank_cpu`). On CUDA the Triton kernels run
-(`triton_low_rank`), over tables that the plan puts on the device (`low_rank_tables`). Token ids as x, dtypes without a
-kernel and other devices take the specification. What a batch needs is planned once and shared by all sites with the
-same rows; sites that read the same x are one call, `low_rank_group`.
+On CPU a compiled kernel runs, and torch for segments of many rows (`low_rank_cpu`). On CUDA the Triton kernels run
+(`triton_low_rank`), over tables that the plan puts on the device (`low_rank_tables`). Token ids as x on CUDA, dtypes
+without a kernel and other devices take the specification. What a batch needs is planned once and shared by all sites
+with the same rows; sites that read the same x are one call, `low_rank_group`.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,24 @@ from torch import Tensor
 
 from chorus.kernels import reference
 from chorus.kernels.dispatch import TRITON_DTYPES, runs_triton
-from chorus.kernels.low_rank_checks import check, check_disjoint, check_epilogue, check_for_triton, needs_of
-from chorus.kernels.low_rank_cpu import VectorRows, cut
+from chorus.kernels.low_rank_checks import (
+    check,
+    check_disjoint,
+    check_epilogue,
+    check_for_kernels,
+    check_for_triton,
+    check_ids,
+    needs_of,
+)
+from chorus.kernels.low_rank_cpu import CpuSegments, CpuSite, VectorRows, low_rank_on_cpu
 from chorus.kernels.low_rank_tables import Capacity, LowRankTables
+from chorus.kernels.native.numbers import HELD_AS
 from chorus.kernels.types import Epilogue, LowRankSegment, RankPool
 
 
 class LowRankPlan:
     """How one batch's segments are computed at the sites where they own the same pool rows. Reusable.
 
-    On CPU it keeps views and scales of the pools it was used with: of no use once rows that it names were written anew.
     For Triton it holds tables, of fixed size and writable anew with a `capacity`. `triton` says whether Triton runs (on
     CPU tensors only in its interpreter); unless told, it does on CUDA. `tables` are those of the segments, where there
     are some already.
@@ -46,7 +54,7 @@ class LowRankPlan:
         self.device = device
         self.needs = needs_of(segments)
         self.segments = tuple(segments)
-        self.pieces = cut(self.segments) if on_cpu else ()
+        self.on_cpu = CpuSegments.of(self.segments) if on_cpu else None
         self.vector_rows = VectorRows.of(self.segments) if on_cpu else None
         self.tables = None
         if on_triton:
@@ -94,22 +102,18 @@ def low_rank(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan, epilogue: 
         return _with_gradient(y, x, pool, plan, on_triton, epilogue)
     if on_triton:
         return _on_triton(y, x, pool, plan, epilogue)
-    if y.device.type != "cpu" or plan.tables is not None:
+    if plan.on_cpu is None or y.device.type != "cpu" or y.dtype not in HELD_AS:
         return reference.low_rank(y, x, pool, plan.segments, epilogue)
-    return _on_cpu(y, x, pool, plan, epilogue)
-
-
-def _on_cpu(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan, epilogue: Epilogue | None) -> Tensor:
-    if epilogue is None:
-        for piece in plan.pieces:
-            piece.add(y, x, pool, None)
+    check_for_kernels(pool, epilogue)
+    if x.dim() == 1:
+        check_ids(x, pool)
+    mid_bias = None if epilogue is None else epilogue.mid_bias
+    if epilogue is None or plan.vector_rows is None:
+        low_rank_on_cpu(x, [CpuSite(y, pool, plan.on_cpu, mid_bias)])
         return y
-    rows = plan.vector_rows
-    delta = y if rows is None else torch.zeros_like(y, memory_format=torch.contiguous_format)
-    for piece in plan.pieces:
-        piece.add(delta, x, pool, epilogue.mid_bias)
-    if rows is not None:
-        rows.finish(y, delta, epilogue)
+    delta = torch.zeros_like(y, memory_format=torch.contiguous_format)
+    low_rank_on_cpu(x, [CpuSite(delta, pool, plan.on_cpu, mid_bias)])
+    plan.vector_rows.finish(y, delta, epilogue)
     return y
 
 
@@ -121,7 +125,7 @@ def low_rank_group(
     What has an epilogue is a call of `low_rank`.
 
     Raises:
-        ValueError: as `low_rank`, or the sequences differ in length, or, for Triton, pools in rows, or ys share memory.
+        ValueError: as `low_rank`, or the sequences differ in length, or ys share memory, or, for Triton, pools in rows.
     """
     if not len(ys) == len(pools) == len(plans):
         raise ValueError(f"ys, pools, plans: want as many of each, got {len(ys)}, {len(pools)} and {len(plans)}")
@@ -131,6 +135,9 @@ def low_rank_group(
     if all(_triton_alone(y, x, pool, plan) for y, pool, plan in members):
         _group_on_triton(x, members)
         return
+    if all(_cpu_alone(y, x, pool, plan) for y, pool, plan in members):
+        _group_on_cpu(x, members)
+        return
     for y, pool, plan in members:
         low_rank(y, x, pool, plan)
 
@@ -139,6 +146,23 @@ def _triton_alone(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> bo
     """Whether nothing but Triton computes it: no gradients, no specification."""
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *pool))
     return plan.tables is not None and x.dim() == 2 and y.dtype in TRITON_DTYPES and not wants_gradient
+
+
+def _cpu_alone(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> bool:
+    """The same of the CPU's kernel."""
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *pool))
+    on_cpu = plan.on_cpu is not None and y.device.type == "cpu"
+    return on_cpu and x.dim() == 2 and y.dtype in HELD_AS and not wants_gradient
+
+
+def _group_on_cpu(x: Tensor, members: Sequence[tuple[Tensor, RankPool, LowRankPlan]]) -> None:
+    for y, pool, plan in members:
+        check(y, x, pool, plan.needs)
+        check_for_kernels(pool, None)
+        if plan.needs.vectors:
+            raise ValueError("plans: segments name vectors, which want a call of low_rank with an epilogue")
+    check_disjoint([y for y, _, _ in members])
+    low_rank_on_cpu(x, [CpuSite(y, pool, plan.on_cpu) for y, pool, plan in members if plan.on_cpu is not None])
 
 
 def _group_on_triton(x: Tensor, members: Sequence[tuple[Tensor, RankPool, LowRankPlan]]) -> None:

@@ -1,4 +1,5 @@
-"""What `low_rank` refuses: checked on the host from shapes, strides and dtypes alone, nothing waits for a device."""
+"""What `low_rank` refuses: checked on the host from shapes, strides and dtypes alone (and a CPU's token ids),
+nothing waits for a device."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -77,10 +78,8 @@ def check_epilogue(y: Tensor, pool: RankPool, needs: Needs, epilogue: Epilogue |
             raise ValueError(f"epilogue: {name} is on {tensor.device}, y on {y.device}")
 
 
-def check_for_triton(x: Tensor, pool: RankPool, epilogue: Epilogue | None, device: torch.device) -> None:
-    """Raises ValueError for what the kernels take no strides or other types for."""
-    if x.device != device:
-        raise ValueError(f"x: on {x.device}, the plan is on {device}")
+def check_for_kernels(pool: RankPool, epilogue: Epilogue | None) -> None:
+    """Raises ValueError for what no kernel, of a GPU or a CPU, takes strides or other types for."""
     for name, tensor in pool._asdict().items():
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: must be contiguous, has strides {tensor.stride()}")
@@ -88,6 +87,21 @@ def check_for_triton(x: Tensor, pool: RankPool, epilogue: Epilogue | None, devic
         raise ValueError(f"pool: mid_scale must be float32, is {pool.mid_scale.dtype}")
     if epilogue is not None and epilogue.mid_bias is not None and not epilogue.mid_bias.is_contiguous():
         raise ValueError("epilogue: mid_bias must be contiguous")
+
+
+def check_for_triton(x: Tensor, pool: RankPool, epilogue: Epilogue | None, device: torch.device) -> None:
+    """The same, and where x lies."""
+    if x.device != device:
+        raise ValueError(f"x: on {x.device}, the plan is on {device}")
+    check_for_kernels(pool, epilogue)
+
+
+def check_ids(x: Tensor, pool: RankPool) -> None:
+    """Raises ValueError where x, token ids on a CPU, names a column that A does not have."""
+    if x.numel():
+        lowest, highest = (int(edge) for edge in x.aminmax())
+        if lowest < 0 or highest >= pool.a.shape[1]:
+            raise ValueError(f"x: token ids must be 0 to {pool.a.shape[1] - 1}, are {lowest} to {highest}")
 
 
 def check_disjoint(ys: Sequence[Tensor]) -> None:

@@ -3,6 +3,7 @@
     numbers.py           bfloat16, float16 and addresses in a kernel; exp
     team.py              how a kernel is compiled, kept and run on the threads that torch computes with
     decode_attention.py  decodes over paged keys and values
+    low_rank.py          many adapters' deltas for segments of few rows
     rope_store.py        queries and keys normed and rotated, keys and values stored
     residual_norm.py     sums and their norms
     gated_mul.py         act(gate) * up
@@ -13,7 +14,7 @@ alone: same inputs, same bits, whatever the number of threads. Sums are float32.
 
 import torch
 
-from chorus.kernels.native import decode_attention, gated_mul, residual_norm, rope_store
+from chorus.kernels.native import decode_attention, gated_mul, low_rank, residual_norm, rope_store
 from chorus.kernels.native.numbers import HELD_AS
 
 
@@ -21,6 +22,7 @@ def prepare(dtype: torch.dtype, head_dim: int, block_size: int) -> None:
     """Compiles now what the first step would wait for: 2 s a kernel, once on a machine; a tenth of that when kept."""
     if dtype in HELD_AS:
         decode_attention.prepare(dtype, head_dim, block_size)
+        low_rank.prepare(dtype)
         rope_store.prepare(dtype)
         if dtype != torch.float32:
             residual_norm.prepare(dtype)

@@ -1,0 +1,268 @@
+"""`low_rank` for segments of few rows on a CPU: a work item is up to `ROWS` rows of one segment, at one site.
+
+    x's rows, widened once                                                 -> xs [rows, K], float32
+    for each 4 rank rows of A    products with xs                          -> middle [rows, ranks]
+                                 scale, bias, activation, in place
+    for each TILE of N           y's rows, widened                         -> sums [rows, TILE]
+        for each 4 rank rows of B    middle times them, added to sums
+                                 rounded once                              -> y
+
+A and B are read where they lie, once for all rows of an item; the 4 rank rows that come next are fetched meanwhile.
+"""
+# numba compiles what it sees, whatever the types say.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from chorus.kernels.native.numbers import HELD_AS, INLINE, OPTIONS, exp, narrow, pointer, prefetch, take_ticket, wide
+from chorus.kernels.native.team import EDITION, Compiled
+from chorus.kernels.types import Activation, LowRankSegment, RankPool
+
+ROWS = 8
+TILE = 1024
+RANKS = 4  # as many rank rows at once as the code below names
+_HEAD, _SITE, _ITEM = 9, 9, 5  # numbers in the arguments before the sites, of a site, and in a table of an item
+
+NONE, RELU, GELU, GELU_TANH, SILU = (int(Activation[name]) for name in ("NONE", "RELU", "GELU", "GELU_TANH", "SILU"))
+
+
+class ShortSegments:
+    """Segments as the kernel reads them, cut into items: int32, five numbers an item (first row, rows, where its pool
+    rows begin in the list after all items, how many, activation), then pool rows."""
+
+    def __init__(self, segments: Sequence[LowRankSegment]) -> None:
+        items: list[int] = []
+        pool_rows: list[int] = []
+        for s in segments:
+            for start in range(s.start, s.end, ROWS):
+                items += start, min(ROWS, s.end - start), len(pool_rows), len(s.pool_rows), s.activation
+            pool_rows += s.pool_rows
+        self.table = torch.tensor(items + pool_rows, dtype=torch.int32)
+        self.items = len(items) // _ITEM
+        self.most_ranks = max(len(s.pool_rows) for s in segments)
+
+
+class NativeSite(NamedTuple):
+    """What is to be added to y [T, N] at one site."""
+
+    y: Tensor
+    pool: RankPool
+    segments: ShortSegments
+    mid_bias: Tensor | None = None
+
+
+def low_rank(x: Tensor, sites: Sequence[NativeSite]) -> None:
+    """Adds the segments' deltas to y at sites that read the same x, [T, K] or token ids [T].
+
+    All in one of the dtypes `HELD_AS`, checked by the caller: the kernel reads and writes where the segments say.
+    """
+    numbers: list[Tensor | int | None] = []
+    items = most_ranks = 0
+    for y, (a, b, mid_scale), segments, mid_bias in sites:
+        numbers += [y, y.stride(0), y.shape[1], a, b, mid_scale, mid_bias, segments.table, segments.items]
+        items += segments.items
+        most_ranks = max(most_ranks, segments.most_ranks)
+    a = sites[0].pool.a
+    kernel = _kernel(HELD_AS[a.dtype])
+    kernel(items, items, x, x.dim() == 1, a.shape[1], most_ranks, 0, len(sites), *numbers)
+
+
+def prepare(dtype: torch.dtype) -> None:
+    """Compiles now what the first call would wait for."""
+    _kernel(HELD_AS[dtype])
+
+
+@cache
+def _kernel(held: type) -> Compiled:
+    edition, size = EDITION, np.dtype(held).itemsize
+
+    def low_rank(arguments):
+        head = carray(arguments, (_HEAD,))
+        items, x_at, by_id, k, most_ranks = head[2], head[3], head[4], head[5], head[6]
+        words = carray(arguments, (_HEAD + _SITE * head[8],))
+        xs = np.empty((ROWS, 1 if by_id else k), np.float32)
+        middle = np.empty((ROWS, most_ranks + RANKS), np.float32)
+        weights = np.empty((RANKS, TILE), np.float32)
+        sums = np.empty((ROWS, TILE), np.float32)
+        while edition == head[1]:
+            item, at = take_ticket(arguments), _HEAD
+            if item >= items:
+                break
+            while item >= words[at + 8]:
+                item -= words[at + 8]
+                at += _SITE
+            y_at, y_stride, n, a_at, b_at = words[at], words[at + 1], words[at + 2], words[at + 3], words[at + 4]
+            scale_at, bias_at, table_at = words[at + 5], words[at + 6], words[at + 7]
+            about = carray(pointer(table_at + 4 * _ITEM * item), (_ITEM,), np.int32)
+            start, rows, ranks = numba.int64(about[0]), numba.int64(about[1]), numba.int64(about[3])
+            own = carray(pointer(table_at + 4 * (_ITEM * words[at + 8] + about[2])), (ranks,), np.int32)
+            if by_id:
+                _look_up(middle, x_at, a_at, held, size, own, start, rows, k)
+            else:
+                for g in range(rows):
+                    _widen(xs[g], _numbers(x_at, held, size, (start + g) * k, k))
+                _shrink(middle, xs, weights, a_at, b_at, held, size, own, rows, k, n)
+            _between(middle, rows, own, scale_at, bias_at, about[4])
+            _expand(sums, middle, weights, y_at + size * start * y_stride, y_stride, b_at, held, size, own, rows, n)
+
+    return Compiled(low_rank)
+
+
+# What follows is compiled apart, but for what is small: one function of it all takes the compiler twice as long.
+@numba.njit(**OPTIONS)
+def _look_up(middle, ids_at, a_at, held, size, own, start, rows, k):
+    """middle [rows, ranks] = A[:, ids]."""
+    ids = carray(pointer(ids_at + 8 * start), (rows,), np.int64)
+    for r in range(len(own)):
+        for g in range(rows):
+            middle[g, r] = wide(_numbers(a_at, held, size, own[r] * k + ids[g], 1)[0])
+
+
+@numba.njit(**OPTIONS)
+def _shrink(middle, xs, weights, a_at, b_at, held, size, own, rows, k, n):
+    """middle [rows, ranks] = xs [rows, K] times A's rows."""
+    ranks = len(own)
+    middle[:] = np.float32(0)
+    for r in range(0, ranks, RANKS):
+        if r + RANKS < ranks:
+            _fetch(a_at, own, r + RANKS, size * k, 0, size * k)
+        else:
+            _fetch(b_at, own, 0, size * n, 0, size * min(TILE, n))
+        for low in range(0, k, TILE):
+            length = min(TILE, k - low)
+            if rows == 1 and r + RANKS <= ranks:
+                a0, a1, a2, a3 = _four(a_at, held, size, own, r, k, low, length)
+                _multiply(middle, r, xs, low, length, rows, a0, a1, a2, a3)
+            else:
+                _widen_ranks(weights, a_at, held, size, own, r, k, low, length)
+                _multiply(middle, r, xs, low, length, rows, weights[0], weights[1], weights[2], weights[3])
+
+
+@numba.njit(**OPTIONS)
+def _expand(sums, middle, weights, y_at, y_stride, b_at, held, size, own, rows, n):
+    """y [rows, N] += middle [rows, ranks] times B's rows."""
+    ranks = len(own)
+    for low in range(0, n, TILE):
+        length = min(TILE, n - low)
+        for g in range(rows):
+            _widen(sums[g], _numbers(y_at, held, size, g * y_stride + low, length))
+        for r in range(0, ranks, RANKS):
+            if r + RANKS < ranks:
+                _fetch(b_at, own, r + RANKS, size * n, size * low, size * length)
+            else:
+                _fetch(b_at, own, 0, size * n, size * (low + TILE), size * min(TILE, n - low - TILE))
+            if rows == 1 and r + RANKS <= ranks:
+                b0, b1, b2, b3 = _four(b_at, held, size, own, r, n, low, length)
+                _add(sums, middle, r, length, rows, b0, b1, b2, b3)
+            else:
+                _widen_ranks(weights, b_at, held, size, own, r, n, low, length)
+                _add(sums, middle, r, length, rows, weights[0], weights[1], weights[2], weights[3])
+        for g in range(rows):
+            result, part = _numbers(y_at, held, size, g * y_stride + low, length), sums[g]
+            for j in range(length):
+                result[j] = narrow(part[j], result[j])
+
+
+@numba.njit(**INLINE)
+def _numbers(at, held, size, first, count):
+    return carray(pointer(at + size * first), (count,), held)
+
+
+@numba.njit(**INLINE)
+def _four(at, held, size, own, r, width, low, length):
+    """Pieces of the rank rows r to r + 4, where they lie."""
+    return (
+        _numbers(at, held, size, own[r] * width + low, length),
+        _numbers(at, held, size, own[r + 1] * width + low, length),
+        _numbers(at, held, size, own[r + 2] * width + low, length),
+        _numbers(at, held, size, own[r + 3] * width + low, length),
+    )
+
+
+@numba.njit(**INLINE)
+def _widen_ranks(weights, at, held, size, own, r, width, low, length):
+    """The same in float32; 0 past the last one."""
+    for i in range(RANKS):
+        if r + i < len(own):
+            _widen(weights[i], _numbers(at, held, size, own[r + i] * width + low, length))
+        else:
+            weights[i] = np.float32(0)
+
+
+@numba.njit(**INLINE)
+def _fetch(at, own, first, row_bytes, begin, count):
+    """Bytes `begin` to `begin` + `count` of four rank rows, into the second level of the cache."""
+    for r in range(first, min(first + RANKS, len(own))):
+        for j in range(0, count, 64):
+            prefetch(at + own[r] * row_bytes + begin + j)
+
+
+@numba.njit(**INLINE)
+def _widen(into, numbers):
+    for j in range(len(numbers)):
+        into[j] = wide(numbers[j])
+
+
+@numba.njit(**INLINE)
+def _multiply(middle, r, xs, low, length, rows, a0, a1, a2, a3):
+    """middle [rows, r to r + 4] += xs [rows, low to low + length] times four pieces of A's rows."""
+    for g in range(rows):
+        x = xs[g, low : low + length]
+        p0, p1, p2, p3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+        for j in range(length):
+            p0 += x[j] * wide(a0[j])
+            p1 += x[j] * wide(a1[j])
+            p2 += x[j] * wide(a2[j])
+            p3 += x[j] * wide(a3[j])
+        middle[g, r] += p0
+        middle[g, r + 1] += p1
+        middle[g, r + 2] += p2
+        middle[g, r + 3] += p3
+
+
+@numba.njit(**OPTIONS)
+def _between(middle, rows, own, scale_at, bias_at, activation):
+    """act(mid_scale * middle + mid_bias), in place; 0 in the lanes past the rank."""
+    for r in range(len(own)):
+        scale = carray(pointer(scale_at + 4 * own[r]), (1,), np.float32)[0]
+        bias = carray(pointer(bias_at + 4 * own[r]), (1,), np.float32)[0] if bias_at else np.float32(0)
+        for g in range(rows):
+            middle[g, r] = _activate(middle[g, r] * scale + bias, activation)
+    for g in range(rows):
+        for r in range(len(own), len(own) + RANKS):
+            middle[g, r] = np.float32(0)
+
+
+@numba.njit(**INLINE)
+def _activate(number, activation):
+    if activation == NONE:
+        return number
+    if activation == RELU:
+        return np.float32(0) if number < np.float32(0) else number
+    if activation == GELU:
+        return np.float32(0.5) * number * np.float32(1 + math.erf(number * np.float32(math.sqrt(0.5))))
+    if activation == GELU_TANH:
+        inner = np.float32(math.sqrt(2 / math.pi)) * (number + np.float32(0.044715) * number * number * number)
+        return np.float32(0.5) * number * np.float32(1 + math.tanh(inner))
+    if activation == SILU:
+        return number / (np.float32(1) + exp(-number))
+    return np.float32(math.tanh(number))
+
+
+@numba.njit(**INLINE)
+def _add(sums, middle, r, length, rows, b0, b1, b2, b3):
+    """sums [rows, length] += middle [rows, r to r + 4] times four pieces of B's rows."""
+    for g in range(rows):
+        part = sums[g]
+        m0, m1, m2, m3 = middle[g, r], middle[g, r + 1], middle[g, r + 2], middle[g, r + 3]
+        for j in range(length):
+            part[j] += m0 * wide(b0[j]) + m1 * wide(b1[j]) + m2 * wide(b2[j]) + m3 * wide(b3[j])
