@@ -11,7 +11,7 @@ from support.low_rank import BOUND
 CPU = torch.device("cpu")
 BOUNDS = {torch.float32: 1e-5, torch.float16: BOUND[torch.float16][0], torch.bfloat16: 4e-3}
 # (rows, rank): a row alone, odd ranks, more rows than an item has, and some that torch's GEMMs get
-MIXED = [(1, 16), (2, 3), (ROWS + 3, 21), (1, 1), (40, 16), (5, 8)]
+MIXED = [(1, 16), (2, 3), (ROWS + 3, 21), (1, 1), (70, 16), (5, 8)]
 
 
 def batch_of(layout: list[tuple[int, int]], pool_rows: int) -> list[LowRankSegment]:
@@ -49,9 +49,9 @@ def error(got: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("from_zero", [False, True])
 def test_any_widths_ranks_and_rows_equal_the_definition(dtype: torch.dtype, k: int, n: int, from_zero: bool) -> None:
     segments = batch_of(MIXED, 96)
-    y, x, a, b, scale = tensors(80, k, n, dtype)
+    y, x, a, b, scale = tensors(110, k, n, dtype)
     y, pool = y * (not from_zero), RankPool(a, b, scale / k**0.5)
-    wide = torch.full((80, n + 3), torch.nan, dtype=dtype)
+    wide = torch.full((110, n + 3), torch.nan, dtype=dtype)
     wide[:, 3:] = y
     expected = defined(y, x, pool, segments, Epilogue())
     assert error(low_rank(wide[:, 3:], x, pool, LowRankPlan(segments, CPU)), expected) <= BOUNDS[dtype]
@@ -61,8 +61,8 @@ def test_any_widths_ranks_and_rows_equal_the_definition(dtype: torch.dtype, k: i
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_token_ids_pick_columns_of_a(dtype: torch.dtype) -> None:
     segments = batch_of(MIXED, 96)
-    y, _, a, b, scale = tensors(80, 50, 24, dtype)
-    pool, ids = RankPool(a, b, scale), torch.randint(50, (80,), generator=torch.Generator().manual_seed(0))
+    y, _, a, b, scale = tensors(110, 50, 24, dtype)
+    pool, ids = RankPool(a, b, scale), torch.randint(50, (110,), generator=torch.Generator().manual_seed(0))
     expected = defined(y, torch.nn.functional.one_hot(ids, 50).to(dtype), pool, segments, Epilogue())
     assert error(low_rank(y, ids, pool, LowRankPlan(segments, CPU)), expected) <= BOUNDS[dtype]
 
@@ -72,9 +72,9 @@ def test_a_group_has_the_bits_of_its_members_one_by_one() -> None:
     plans = [LowRankPlan(segments, CPU), LowRankPlan(segments[1:3], CPU), LowRankPlan(segments[4:5], CPU)]
     widths, pools = (64, 2000, 40), []
     for n in widths:
-        _, x, *pool = tensors(80, 96, n, torch.bfloat16)
+        _, x, *pool = tensors(110, 96, n, torch.bfloat16)
         pools.append(RankPool(*pool))
-    wide = torch.randn(80, sum(widths), generator=torch.Generator().manual_seed(2)).bfloat16()
+    wide = torch.randn(110, sum(widths), generator=torch.Generator().manual_seed(2)).bfloat16()
     alone = [
         low_rank(y.clone(), x, pool, plan) for y, pool, plan in zip(wide.split(widths, 1), pools, plans, strict=True)
     ]
@@ -84,9 +84,9 @@ def test_a_group_has_the_bits_of_its_members_one_by_one() -> None:
 
 def test_threads_change_no_bit() -> None:
     segments = batch_of(MIXED, 96)
-    y, x, *pool = tensors(80, 300, 1500, torch.bfloat16)
+    y, x, *pool = tensors(110, 300, 1500, torch.bfloat16)
     plan, threads, outputs = (
-        LowRankPlan([s for s in segments if s.end - s.start < 32], CPU),
+        LowRankPlan([s for s in segments if s.end - s.start < 64], CPU),
         torch.get_num_threads(),
         [],
     )
@@ -97,6 +97,18 @@ def test_threads_change_no_bit() -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+@pytest.mark.parametrize("activation", Activation)
+@pytest.mark.parametrize("rows", [1, 20, 70])
+def test_activation_and_bias_lie_between_the_products_of_short_and_long_segments(
+    activation: Activation, rows: int
+) -> None:
+    segments = [LowRankSegment(1, 1 + rows, (3, 9, 4, 1, 77), activation)]
+    y, x, a, b, scale = tensors(72, 40, 24, torch.float32)
+    pool, epilogue = RankPool(a, b, scale / 40**0.5), Epilogue(mid_bias=a[:, 0].contiguous())
+    expected = defined(y, x, pool, segments, epilogue)
+    assert error(low_rank(y, x, pool, LowRankPlan(segments, CPU), epilogue), expected) <= BOUNDS[torch.float32]
 
 
 @pytest.mark.parametrize("activation", Activation)
