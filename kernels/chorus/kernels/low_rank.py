@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from chorus.kernels import reference
-from chorus.kernels.dispatch import TRITON_DTYPES, runs_triton
+from chorus.kernels.dispatch import TRITON_DTYPES, runs_native, runs_triton
 from chorus.kernels.low_rank_checks import (
     check,
     check_disjoint,
@@ -24,7 +24,6 @@ from chorus.kernels.low_rank_checks import (
 )
 from chorus.kernels.low_rank_cpu import CpuSegments, CpuSite, VectorRows, low_rank_on_cpu
 from chorus.kernels.low_rank_tables import Capacity, LowRankTables
-from chorus.kernels.native.numbers import HELD_AS
 from chorus.kernels.types import Epilogue, LowRankSegment, RankPool
 
 
@@ -102,7 +101,7 @@ def low_rank(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan, epilogue: 
         return _with_gradient(y, x, pool, plan, on_triton, epilogue)
     if on_triton:
         return _on_triton(y, x, pool, plan, epilogue)
-    if plan.on_cpu is None or y.device.type != "cpu" or y.dtype not in HELD_AS:
+    if plan.on_cpu is None or not runs_native(y):
         return reference.low_rank(y, x, pool, plan.segments, epilogue)
     check_for_kernels(pool, epilogue)
     if x.dim() == 1:
@@ -151,8 +150,7 @@ def _triton_alone(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> bo
 def _cpu_alone(y: Tensor, x: Tensor, pool: RankPool, plan: LowRankPlan) -> bool:
     """The same of the CPU's kernel."""
     wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *pool))
-    on_cpu = plan.on_cpu is not None and y.device.type == "cpu"
-    return on_cpu and x.dim() == 2 and y.dtype in HELD_AS and not wants_gradient
+    return plan.on_cpu is not None and runs_native(y) and x.dim() == 2 and not wants_gradient
 
 
 def _group_on_cpu(x: Tensor, members: Sequence[tuple[Tensor, RankPool, LowRankPlan]]) -> None:

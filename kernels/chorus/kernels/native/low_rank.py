@@ -73,7 +73,7 @@ def low_rank(x: Tensor, sites: Sequence[NativeSite]) -> None:
         most_ranks = max(most_ranks, segments.most_ranks)
     a = sites[0].pool.a
     kernel = _kernel(HELD_AS[a.dtype])
-    kernel(items, items, x, x.dim() == 1, a.shape[1], most_ranks, 0, len(sites), *numbers)
+    kernel(items, items, x, int(x.dim() == 1), a.shape[1], most_ranks, 0, len(sites), *numbers)
 
 
 def prepare(dtype: torch.dtype) -> None:
