@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,9 +102,10 @@ def compile_case(case: CompileCase, target: Target) -> Compiled:
     return Compiled(case.name, case.configuration, target.arch, registers, shared, spilled, matrix, failure)
 
 
-def cases_of(module: str, arch: str) -> list[CompileCase]:
+@cache
+def cases_of(module: str, arch: str) -> tuple[CompileCase, ...]:
     """What a module with kernels wants compiled for an architecture."""
-    return list(importlib.import_module(module).compile_cases(arch))
+    return tuple(importlib.import_module(module).compile_cases(arch))
 
 
 def compile_all(modules: Sequence[str] = MODULES) -> list[Compiled]:
