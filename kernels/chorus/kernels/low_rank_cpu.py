@@ -13,8 +13,8 @@ from chorus.kernels.native import low_rank as native
 from chorus.kernels.reference import activate
 from chorus.kernels.types import Activation, Epilogue, LowRankSegment, RankPool
 
-# From this many rows on a segment gets GEMMs of its own. The kernel's time over theirs (2 cores; 1 and 4 segments, r 16
-# K = 1024, N = 1024 and 2816, bf16): 0.2 to 0.5 at 16 rows, 0.3 to 0.5 at 32, 0.4 to 0.9 at 64, 0.8 to 1.5 at 128.
+# From this many rows on a segment gets GEMMs of its own. The kernel's time over theirs (2 cores, K = 1024, N = 1024 and
+# 2816, rank 16, 1 and 4 segments, bf16): 0.2 to 0.5 at 16 rows, 0.3 to 0.5 at 32, 0.4 to 0.9 at 64, 0.8 to 1.5 at 128.
 LONG_SEGMENT_ROWS = 64
 
 
