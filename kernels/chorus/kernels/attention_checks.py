@@ -42,9 +42,12 @@ def check_attention(
         raise ValueError(f"{names[1]}: {tuple(value.shape)} is not the shape of the keys, {tuple(key.shape)}")
     if key.shape[-1] != query.shape[2] or query.shape[1] % key.shape[1]:
         raise ValueError(f"query: {tuple(query.shape)} does not fit keys {tuple(key.shape)}: heads of a key head, D")
-    for name, tensor in (("query", query), (names[0], key), (names[1], value)):
-        if tensor.dtype != query.dtype or tensor.device != query.device or tensor.device.type != device.type:
-            raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}, want {query.dtype} on {device}")
+    on, dtype = query.device, query.dtype
+    if on != device and on.type != device.type:  # a plan's "cuda" is a tensor's "cuda:0"
+        raise ValueError(f"query: {dtype} on {on}, want {dtype} on {device}")
+    for name, tensor in ((names[0], key), (names[1], value)):
+        if tensor.dtype != dtype or tensor.device != on:
+            raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}, want {dtype} on {on}")
 
 
 def check_cache(k_cache: Tensor, block_size: int, highest_block: int) -> None:

@@ -15,7 +15,7 @@ from chorus.kernels import reference
 from chorus.kernels.dispatch import TRITON_DTYPES, runs_native, runs_triton
 from chorus.kernels.native import residual_norm as native
 from chorus.kernels.pointwise_tuning import widest_norm
-from chorus.kernels.row_ops import check_rows
+from chorus.kernels.row_ops import check_rows, check_strides
 from chorus.kernels.row_plan import CpuRows, RowPlan
 from chorus.kernels.types import Norm
 
@@ -33,18 +33,20 @@ def residual_norm(
     """
     _check(residual, x, norm, plan)
     uses_pool = plan is not None and norm.weights is not None and (bool(plan.segments) or plan.buffer is not None)
-    on_triton = runs_triton(residual.device, triton) if plan is None else plan.runs_triton
-    if on_triton and residual.dtype in TRITON_DTYPES:
-        return _on_triton(residual, x, norm, plan if uses_pool else None)
-    if not on_triton and runs_native(residual, rounds=True):
+    pooled = plan if uses_pool else None
+    asked = triton if plan is None else plan.runs_triton
+    if not asked and runs_native(residual, rounds=True):
         out = torch.empty_like(residual, memory_format=torch.contiguous_format)
-        native.residual_norm(out, residual, x, norm, plan.slot_of_row if plan is not None and uses_pool else None)
+        native.residual_norm(out, residual, x, norm, None if pooled is None else pooled.slot_of_row)
         return out
+    on_triton = runs_triton(residual.device, asked)
+    if on_triton and residual.dtype in TRITON_DTYPES:
+        return _on_triton(residual, x, norm, pooled)
     if residual.device.type != "cpu" or on_triton:
         return reference.residual_norm(residual, x, norm, plan.segments if plan is not None else ())
     if x is not None:
         residual.add_(x)
-    return _on_cpu(residual, norm, plan if uses_pool else None)
+    return _on_cpu(residual, norm, pooled)
 
 
 def _on_triton(residual: Tensor, x: Tensor | None, norm: Norm, plan: RowPlan | None) -> Tensor:
@@ -109,7 +111,7 @@ def _check(residual: Tensor, x: Tensor | None, norm: Norm, plan: RowPlan | None)
             f"norm: made for {weight.dtype} [T, {len(weight)}] on {weight.device}, "
             f"residual is {residual.dtype} {tuple(residual.shape)} on {residual.device}"
         )
-    check_rows("residual", residual, weight.device)
+    check_strides("residual", residual)
     if x is not None:
         if x.shape != residual.shape or x.dtype != residual.dtype:
             raise ValueError(f"x: want {residual.dtype} {tuple(residual.shape)}, got {x.dtype} {tuple(x.shape)}")

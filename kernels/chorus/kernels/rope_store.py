@@ -41,12 +41,8 @@ class RopePlan:
         if not cos.device == sin.device == slots.device:
             raise ValueError(f"cos, sin, slots: on {cos.device}, {sin.device} and {slots.device}")
         self.cos, self.sin, self.slots, self.interleaved = cos, sin, slots, interleaved
+        self.rows, self.width, self.device = len(cos), 2 * cos.shape[1], cos.device  # width is R
         self.runs_triton = runs_triton(cos.device, triton)
-
-    @property
-    def width(self) -> int:
-        """R."""
-        return 2 * self.cos.shape[1]
 
     @cached_property
     def ends(self) -> tuple[int, int]:
@@ -90,7 +86,7 @@ def qk_norm_rope_store(
             qkv, k_cache, v_cache, plan.cos, plan.sin, plan.slots,
             q_norm=q_norm, k_norm=k_norm, interleaved=plan.interleaved,
         )  # fmt: skip
-    query = qkv.new_empty(qkv.shape[0], qkv.shape[1] - 2 * k_cache.shape[1], qkv.shape[2])
+    query = torch.empty(qkv.shape[0], qkv.shape[1] - 2 * k_cache.shape[1], qkv.shape[2], dtype=qkv.dtype)
     native.qk_norm_rope_store(
         query, qkv, (k_cache, v_cache), (plan.cos, plan.sin), plan.slots,
         norms=None if q_norm is None or k_norm is None else (q_norm, k_norm), interleaved=plan.interleaved,
@@ -103,20 +99,21 @@ def _check(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, plan: RopePlan) -> Non
         raise ValueError(
             f"k_cache, v_cache: want two [blocks, H_kv, block, D], got {tuple(k_cache.shape)}, {tuple(v_cache.shape)}"
         )
-    _, kv_heads, _, dim = k_cache.shape
-    if qkv.dim() != 3 or qkv.shape[2] != dim or qkv.shape[1] <= 2 * kv_heads or not qkv.is_floating_point():
-        raise ValueError(f"qkv: want [T, H + 2 * {kv_heads}, {dim}], got {qkv.dtype} {tuple(qkv.shape)}")
-    if qkv.stride(2) != 1 or qkv.stride(1) != dim or (qkv.shape[0] > 1 and qkv.stride(0) < qkv.shape[1] * dim):
+    (blocks, kv_heads, block, dim), dtype, device = k_cache.shape, qkv.dtype, qkv.device
+    if qkv.dim() != 3 or qkv.shape[2] != dim or qkv.shape[1] <= 2 * kv_heads or not dtype.is_floating_point:
+        raise ValueError(f"qkv: want [T, H + 2 * {kv_heads}, {dim}], got {dtype} {tuple(qkv.shape)}")
+    (rows, heads, _), (row, head, step) = qkv.shape, qkv.stride()
+    if step != 1 or head != dim or (rows > 1 and row < heads * dim):
         raise ValueError(f"qkv: a row's heads must be contiguous and rows lie apart, strides are {qkv.stride()}")
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if not cache.is_contiguous() or cache.dtype != qkv.dtype or cache.device != qkv.device:
-            raise ValueError(f"{name}: want contiguous {qkv.dtype} on {qkv.device}")
-    if qkv.shape[0] != plan.slots.shape[0] or qkv.device != plan.cos.device:
-        raise ValueError(f"plan: {plan.slots.shape[0]} rows on {plan.cos.device}, qkv has {qkv.shape[0]}")
+        if not cache.is_contiguous() or cache.dtype != dtype or cache.device != device:
+            raise ValueError(f"{name}: want contiguous {dtype} on {device}")
+    if rows != plan.rows or device != plan.device:
+        raise ValueError(f"plan: {plan.rows} rows on {plan.device}, qkv has {rows}")
     lowest, highest = plan.ends
-    if lowest < 0 or highest >= k_cache.shape[0] * k_cache.shape[2]:
-        raise ValueError(f"plan: slots {lowest} to {highest} do not lie in {k_cache.shape[0]} blocks")
-    if plan.width > dim or plan.cos.dtype not in (qkv.dtype, torch.float32):
+    if lowest < 0 or highest >= blocks * block:
+        raise ValueError(f"plan: slots {lowest} to {highest} do not lie in {blocks} blocks")
+    if plan.width > dim or plan.cos.dtype not in (dtype, torch.float32):
         raise ValueError(f"plan: rotates {plan.width} of {dim} dimensions by {plan.cos.dtype}")
 
 

@@ -92,6 +92,11 @@ def check_rows(name: str, tensor: Tensor, device: torch.device) -> None:
     """
     if tensor.device != device:
         raise ValueError(f"{name}: on {tensor.device}, not on {device}")
+    check_strides(name, tensor)
+
+
+def check_strides(name: str, tensor: Tensor) -> None:
+    """`check_rows` where the device is known."""
     if tensor.is_contiguous():
         return
     (rows, width), (apart, step) = tensor.shape, tensor.stride()

@@ -10,7 +10,7 @@ from torch import Tensor
 from chorus.kernels import reference
 from chorus.kernels.dispatch import TRITON_DTYPES, runs_native, runs_triton
 from chorus.kernels.native.gated_mul import gated_mul
-from chorus.kernels.row_ops import check_rows
+from chorus.kernels.row_ops import check_strides
 
 
 def silu_mul(gate: Tensor, up: Tensor, *, triton: bool | None = None) -> Tensor:
@@ -30,19 +30,20 @@ def gelu_tanh_mul(gate: Tensor, up: Tensor, *, triton: bool | None = None) -> Te
 def _gated_mul(gate: Tensor, up: Tensor, activation: reference.GatedActivation, triton: bool | None) -> Tensor:
     if gate.dim() != 2 or gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
         raise ValueError(f"gate, up: want one shape [T, N], got {_said(gate)} and {_said(up)}")
-    on_triton = runs_triton(gate.device, triton)
-    if gate.dtype not in TRITON_DTYPES or not (on_triton or runs_native(gate, rounds=True)):
+    if not triton and runs_native(gate, rounds=True):
+        check_strides("gate", gate)
+        check_strides("up", up)
+        out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+        gated_mul(out, gate, up, activation)
+        return out
+    if gate.dtype not in TRITON_DTYPES or not runs_triton(gate.device, triton):
         return reference.gated_mul(gate, up, activation)
-    check_rows("gate", gate, gate.device)
-    check_rows("up", up, gate.device)
-    if on_triton:
-        from chorus.kernels.pointwise_launch import gated_mul_op  # Triton is not everywhere
+    from chorus.kernels.pointwise_launch import gated_mul_op  # Triton is not everywhere
 
-        launched: Tensor = gated_mul_op(gate, up, activation)
-        return launched
-    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    gated_mul(out, gate, up, activation)
-    return out
+    check_strides("gate", gate)
+    check_strides("up", up)
+    launched: Tensor = gated_mul_op(gate, up, activation)
+    return launched
 
 
 def _said(tensor: Tensor) -> str:

@@ -75,7 +75,7 @@ class Block(nn.Module):
     ) -> Tensor:
         """hidden_states [1, T, hidden]; cos and sin [1, T, D]."""
         x = hidden_states[0]
-        qkv = self._qkv(residual_norm(x, None, self._attention_norm)).view(len(x), -1, self._head_dim)
+        qkv = self._qkv(residual_norm(x, None, self._attention_norm)).view(x.shape[0], -1, self._head_dim)
         attended = self._attend(qkv, position_embeddings, chorus_step)
         x = _add(x, attended, self.self_attn.o_proj, self._o_norm)
         gate, up = self._gate_up(residual_norm(x, None, self._mlp_norm)).chunk(2, dim=-1)

@@ -52,8 +52,8 @@ class Compiled:
         """Runs it on as many threads as torch has here, at most `items`. What tensors hold must outlive the call."""
         memory = array("q", [0, EDITION, *[a if type(a) is int else _word(a) for a in arguments]])
         address, _ = memory.buffer_info()
-        threads = min(torch.get_num_threads(), items)
-        if threads > 1 and _parallel is not None:
+        threads = min(torch.get_num_threads(), items) if items > 1 and _parallel is not None else 1
+        if threads > 1:
             _parallel(self._code.address, address, threads, 0)
         else:
             self._on_thread(address)
