@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from chorus.engine import messages as m
+from chorus.engine.step_cost import Work
 from support.claims import assert_solo_greedy
 from support.engines import make_engine, run
 from support.worlds import PROMPT, TinyWorld
@@ -40,7 +41,8 @@ def test_tokens_do_not_depend_on_how_a_prompt_was_split(base: Path) -> None:
 
 def test_a_deadline_that_the_prompt_can_not_meet_is_refused_at_once(base: Path) -> None:
     engine = make_engine(base)
-    run(engine, {0: [asking(1, LONG, 2)]})
+    for work, seconds in ((Work(1, 1), 0.01), (Work(64, 2080), 0.64)):  # this model's own are too short to tell apart
+        engine.scheduler.cost.observe(work, seconds)
     late = m.Submit(2, tuple(reversed(LONG)), m.Sampling(4), deadline=time.monotonic() + 1e-4)
     [failed] = [event for event in engine.step([late]).events if isinstance(event, m.Failed)]
     assert (failed.request_id, failed.code) == (2, "DEADLINE_EXCEEDED")
