@@ -3,8 +3,8 @@
     python benchmarks/decode_8b.py --device cuda [--json] [--adapters 64]
 
 Prints the floor of each step beside it, the bytes that it must read over the measured copy bandwidth, and what the same
-steps take without CUDA graphs. A row goes to results/decode_8b.jsonl. What a first run is expected to show is in
-docs/kernels-predictions.md.
+steps take one after the other, and without CUDA graphs. A row goes to results/decode_8b.jsonl. What a first run is
+expected to show is in docs/kernels-predictions.md.
 """
 
 import argparse
@@ -63,8 +63,8 @@ def adapter_bytes() -> int:
     return BYTES * RANK * int(SHAPE_8B["num_hidden_layers"]) * sum(k + n for k, n in shapes(SHAPE_8B).values())
 
 
-def engine_of_8b(folder: Path, device: Literal["cpu", "cuda"], adapters: int, graphs: Literal["auto", "off"]) -> Any:
-    """An engine, its base and its memory, with room for so many adapters."""
+def engine_of_8b(folder: Path, device: Literal["cpu", "cuda"], adapters: int, **options: Any) -> Any:
+    """An engine, its base and its memory, with room for so many adapters; `options` are the configuration's."""
     (folder / "config.json").write_text(json.dumps(SHAPE_8B))
     config = ServerConfig(
         model=str(folder),
@@ -74,7 +74,7 @@ def engine_of_8b(folder: Path, device: Literal["cpu", "cuda"], adapters: int, gr
         adapter_memory_mb=(adapters + 8) * adapter_bytes() // 2**20 + 64,
         max_rows=max(ROWS),
         max_step_tokens=PROMPT,
-        cuda_graphs=graphs,
+        **options,
     )
     return alone(config)
 
@@ -100,9 +100,13 @@ def measure(device: Literal["cpu", "cuda"], adapters: int) -> dict[str, Any]:
     row: dict[str, Any] = {"device": device, "copy_gb_s": bandwidth / 1e9, "matmul_bf16_tflop_s": rate / 1e12}
     with tempfile.TemporaryDirectory() as name:
         folders = [write_adapter(SHAPE_8B, Path(name) / str(i), i, [RANK]) for i in range(adapters)]
-        ways: dict[str, Literal["auto", "off"]] = {"steps_ms": "auto", "steps_without_graphs_ms": "off"}
-        for title, graphs in ways.items():
-            engine, base, _ = engine_of_8b(Path(name), device, adapters, graphs)
+        ways: dict[str, dict[str, Any]] = {
+            "steps_ms": {},
+            "steps_without_overlap_ms": {"overlap": "off"},
+            "steps_without_graphs_ms": {"cuda_graphs": "off"},
+        }
+        for title, options in ways.items():
+            engine, base, _ = engine_of_8b(Path(name), device, adapters, **options)
             row[title] = steps(engine, _loaded(engine, base, folders))
             row["prefill_ms"] = prefill_ms(engine, PROMPT)
             engine.close()
@@ -118,10 +122,13 @@ def _loaded(engine: Engine, base: Base, folders: Sequence[Path]) -> list[m.Adapt
 
 
 def show(row: dict[str, Any]) -> None:
-    print(f"{'step':14} {'ms':>8} {'floor':>8} {'share':>6} {'no graphs':>10}", file=sys.stderr)
+    print(f"{'step':14} {'ms':>8} {'floor':>8} {'share':>6} {'no overlap':>10} {'no graphs':>10}", file=sys.stderr)
     for case, ms in row["steps_ms"].items():
-        floor, without = row["floors_ms"][case], row["steps_without_graphs_ms"][case]
-        print(f"{case:14} {ms:8.2f} {floor:8.2f} {floor / ms:6.2f} {without:10.2f}", file=sys.stderr)
+        floor = row["floors_ms"][case]
+        without = [row[f"steps_without_{what}_ms"][case] for what in ("overlap", "graphs")]
+        print(
+            f"{case:14} {ms:8.2f} {floor:8.2f} {floor / ms:6.2f} {without[0]:10.2f} {without[1]:10.2f}", file=sys.stderr
+        )
     share = row["prefill_of_matmul_rate"]
     print(f"prompt of {PROMPT}: {row['prefill_ms']:.1f} ms, {share:.2f} of the matmul rate", file=sys.stderr)
 

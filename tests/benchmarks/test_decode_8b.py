@@ -36,7 +36,7 @@ def test_a_toy_run_tells_each_steps_time_floor_and_share(tmp_path: Path) -> None
     assert ran.returncode == 0, ran.stderr
     row = json.loads(ran.stdout.splitlines()[-1])
     cases = {"base_1", "base_2", "adapters_2"}
-    for part in ("steps_ms", "steps_without_graphs_ms", "floors_ms", "efficiency"):
+    for part in ("steps_ms", "steps_without_overlap_ms", "steps_without_graphs_ms", "floors_ms", "efficiency"):
         assert row[part].keys() == cases
         assert all(value > 0 for value in row[part].values())
     assert json.loads((tmp_path / "decode_8b.jsonl").read_text())["steps_ms"] == row["steps_ms"]
