@@ -2,6 +2,8 @@
 
 import logging
 import math
+import subprocess
+import sys
 
 import numba
 import numpy as np
@@ -9,8 +11,20 @@ import pytest
 import torch
 
 from chorus.kernels import AttentionPlan, AttentionRow, paged_attention
+from chorus.kernels.dispatch import NATIVE_DTYPES
 from chorus.kernels.native import team
 from chorus.kernels.native.numbers import HELD_AS, OPTIONS, exp, narrow, wide
+
+
+def test_without_numba_there_is_all_but_a_cpus_kernels() -> None:
+    program = (
+        "import sys; sys.modules['numba'] = None; import chorus.kernels, chorus.engine.engine, chorus.trainer.command"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_dispatch_knows_the_dtypes_that_kernels_are_made_for() -> None:
+    assert set(HELD_AS) == NATIVE_DTYPES
 
 
 @numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]

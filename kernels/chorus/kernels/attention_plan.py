@@ -14,7 +14,6 @@ from torch import Tensor
 from chorus.kernels.attention_checks import check_rows
 from chorus.kernels.attention_tables import AttentionTables, Capacity, attention_tables
 from chorus.kernels.dispatch import runs_triton
-from chorus.kernels.native.decode_attention import DecodeRows
 from chorus.kernels.types import AttentionRow
 from chorus.kernels.upload import to_device, write
 
@@ -28,6 +27,8 @@ class CpuRows:
     """For a CPU: decodes together, short chunks among them token by token, and long chunks one by one."""
 
     def __init__(self, rows: Sequence[AttentionRow], block_size: int, causal: bool) -> None:
+        from chorus.kernels.native.decode_attention import DecodeRows  # numba is not everywhere
+
         decodes = [row for row in rows if _is_short(row)]
         self.decode_rows = DecodeRows(decodes, block_size, causal=causal) if decodes else None
         self.prefills = [row for row in rows if not _is_short(row)]

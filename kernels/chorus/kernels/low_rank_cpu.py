@@ -4,14 +4,16 @@ read the same x in one call; a segment with enough rows (prefill) to fill GEMMs 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from chorus.kernels.native import low_rank as native
 from chorus.kernels.reference import activate
 from chorus.kernels.types import Activation, Epilogue, LowRankSegment, RankPool
+
+if TYPE_CHECKING:
+    from chorus.kernels.native.low_rank import ShortSegments
 
 # From this many rows on a segment gets GEMMs of its own. The kernel's time over theirs (2 cores, K = 1024, N = 1024 and
 # 2816, rank 16, 1 and 4 segments, bf16): 0.2 to 0.5 at 16 rows, 0.3 to 0.5 at 32, 0.4 to 0.9 at 64, 0.8 to 1.5 at 128.
@@ -21,16 +23,18 @@ LONG_SEGMENT_ROWS = 64
 class CpuSegments(NamedTuple):
     """A batch's segments by who computes them."""
 
-    short: native.ShortSegments | None
+    short: "ShortSegments | None"
     long: tuple["LongSegment", ...]
 
     @classmethod
     def of(cls, segments: Sequence[LowRankSegment]) -> "CpuSegments":
+        from chorus.kernels.native.low_rank import ShortSegments
+
         used = [s for s in segments if s.start < s.end and s.pool_rows]
         short = [s for s in used if s.end - s.start < LONG_SEGMENT_ROWS]
         long = [s for s in used if s.end - s.start >= LONG_SEGMENT_ROWS]
         return cls(
-            native.ShortSegments(short) if short else None,
+            ShortSegments(short) if short else None,
             tuple(LongSegment(s.start, s.end - s.start, _PoolRows.of(s.pool_rows), s.activation) for s in long),
         )
 
@@ -46,6 +50,8 @@ class CpuSite(NamedTuple):
 
 def low_rank_on_cpu(x: Tensor, sites: Sequence[CpuSite]) -> None:
     """Adds all segments' deltas to y at sites that read the same x. Its arguments are not checked."""
+    from chorus.kernels.native import low_rank as native
+
     short = [native.NativeSite(y, pool, of.short, bias) for y, pool, of, bias in sites if of.short is not None]
     if short:
         native.low_rank(x, short)

@@ -17,8 +17,6 @@ from chorus.kernels.attention_plan import AttentionPlan
 from chorus.kernels.attention_tuning import attend_tiles
 from chorus.kernels.dense_attention import dense_attention
 from chorus.kernels.dispatch import runs_native
-from chorus.kernels.native import rope_store as native
-from chorus.kernels.native.decode_attention import decode_attention
 
 
 def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -36,6 +34,8 @@ def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots
     if not runs_native(key):
         reference.store_kv(key, value, k_cache, v_cache, slots)
         return
+    from chorus.kernels.native import rope_store as native  # numba is not everywhere
+
     key, value = (new if new.stride(2) == 1 else new.contiguous() for new in (key, value))
     native.store_kv(key, value, (k_cache, v_cache), slots)
 
@@ -78,6 +78,8 @@ def paged_attention(
             bias=bias,
             causal=plan.causal,
         )
+    from chorus.kernels.native.decode_attention import decode_attention
+
     batch = plan.on_cpu
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     if batch.decode_rows is not None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from chorus.kernels import reference
 from chorus.kernels.dispatch import TRITON_DTYPES, runs_native, runs_triton
-from chorus.kernels.native import residual_norm as native
 from chorus.kernels.pointwise_tuning import widest_norm
 from chorus.kernels.row_ops import check_rows, check_strides
 from chorus.kernels.row_plan import CpuRows, RowPlan
@@ -36,6 +35,8 @@ def residual_norm(
     pooled = plan if uses_pool else None
     asked = triton if plan is None else plan.runs_triton
     if not asked and runs_native(residual, rounds=True):
+        from chorus.kernels.native import residual_norm as native  # numba is not everywhere
+
         out = torch.empty_like(residual, memory_format=torch.contiguous_format)
         native.residual_norm(out, residual, x, norm, None if pooled is None else pooled.slot_of_row)
         return out

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from chorus.kernels import reference
 from chorus.kernels.dispatch import TRITON_DTYPES, runs_native, runs_triton
-from chorus.kernels.native import rope_store as native
 from chorus.kernels.types import Norm
 
 
@@ -86,6 +85,8 @@ def qk_norm_rope_store(
             qkv, k_cache, v_cache, plan.cos, plan.sin, plan.slots,
             q_norm=q_norm, k_norm=k_norm, interleaved=plan.interleaved,
         )  # fmt: skip
+    from chorus.kernels.native import rope_store as native  # numba is not everywhere
+
     query = torch.empty(qkv.shape[0], qkv.shape[1] - 2 * k_cache.shape[1], qkv.shape[2], dtype=qkv.dtype)
     native.qk_norm_rope_store(
         query, qkv, (k_cache, v_cache), (plan.cos, plan.sin), plan.slots,

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from chorus.kernels import reference
 from chorus.kernels.dispatch import TRITON_DTYPES, runs_native, runs_triton
-from chorus.kernels.native.gated_mul import gated_mul
 from chorus.kernels.row_ops import check_strides
 
 
@@ -31,6 +30,8 @@ def _gated_mul(gate: Tensor, up: Tensor, activation: reference.GatedActivation, 
     if gate.dim() != 2 or gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
         raise ValueError(f"gate, up: want one shape [T, N], got {_said(gate)} and {_said(up)}")
     if not triton and runs_native(gate, rounds=True):
+        from chorus.kernels.native.gated_mul import gated_mul  # numba is not everywhere
+
         check_strides("gate", gate)
         check_strides("up", up)
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)

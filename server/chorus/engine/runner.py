@@ -10,7 +10,6 @@ from chorus.adapters.pool import AdapterPool
 from chorus.engine.graphs import DecodeGraphs, Record, StaticStep, carry
 from chorus.engine.layout import Layout
 from chorus.kernels import AttentionPlan, LowRankPlan
-from chorus.kernels.native import prepare
 from chorus.models.attention import StepAttention
 from chorus.models.base import Base
 
@@ -34,6 +33,8 @@ class Runner:
         for name, layer in base.adapted.items():
             layer.pool = pool.pools[name]
         if base.device.type == "cpu":
+            from chorus.kernels.native import prepare  # numba is not everywhere
+
             prepare(base.dtype, base.head_dim, block_size)
         self.graphs: DecodeGraphs | None = None
         if record is not None:
