@@ -31,9 +31,8 @@ numba itself looks only at the file that a kernel is in, and would go on with `n
 
 _FLOAT, _BITS = struct.Struct("f"), struct.Struct("i")
 
-_ON_THREAD = ctypes.PYFUNCTYPE(
-    None, ctypes.c_void_p
-)  # keeps the interpreter's lock: a kernel is shorter than handing it on
+# Keeps the interpreter's lock: a kernel is shorter than handing it on.
+_ON_THREAD = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
 
 
 class Compiled:
