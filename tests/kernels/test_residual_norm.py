@@ -27,6 +27,8 @@ KINDS = get_args(NormKind)
 def test_residual_norm_is_its_definition_row_by_row(
     kind: NormKind, layout: Layout, width: int, dtype: torch.dtype, with_x: bool, strided: bool, seed: int
 ) -> None:
+    if dtype is not torch.float32:
+        layout = [*layout, (20, None)]  # an RMS of a few roundings means nothing
     check_norm(kind, layout, width, dtype, with_x=with_x, strided=strided, seed=seed)
 
 
