@@ -21,7 +21,7 @@ def check_rows(rows: Sequence[AttentionRow], block_size: int, causal: bool) -> N
         at = row.end
         if row.context < (row.end - row.start if causal else 1):
             raise ValueError(f"rows: a context of {row.context} does not hold {row.end - row.start} new tokens")
-        used = row.blocks[: -(-row.context // block_size)]
+        used = row.used(block_size)
         if len(used) * block_size < row.context:
             raise ValueError(f"rows: {len(used)} blocks of {block_size} do not hold a context of {row.context}")
         if min(used) < 0:

@@ -32,7 +32,7 @@ class CpuRows:
         decodes = [row for row in rows if _is_short(row)]
         self.decode_rows = DecodeRows(decodes, block_size, causal=causal) if decodes else None
         self.prefills = [row for row in rows if not _is_short(row)]
-        self.prefill_blocks = [torch.tensor(used(row, block_size)) for row in self.prefills]
+        self.prefill_blocks = [torch.tensor(row.used(block_size)) for row in self.prefills]
 
 
 def _is_short(row: AttentionRow) -> bool:
@@ -108,13 +108,8 @@ class AttentionPlan:
         return CpuRows(self.rows, self.block_size, self.causal)
 
 
-def used(row: AttentionRow, block_size: int) -> Sequence[int]:
-    """The blocks that hold the row's context."""
-    return row.blocks[: -(-row.context // block_size)]
-
-
 def _highest_block(rows: Sequence[AttentionRow], block_size: int) -> int:
-    return max((max(used(row, block_size)) for row in rows), default=-1)
+    return max((max(row.used(block_size)) for row in rows), default=-1)
 
 
 def _slots(rows: Sequence[AttentionRow], block_size: int, causal: bool) -> Tensor:

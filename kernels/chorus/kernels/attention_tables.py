@@ -89,7 +89,7 @@ def attention_tables(
     parts = 0
     for row in rows:
         first_page = len(pages)
-        pages.extend(row.blocks[: -(-row.context // block_size)])
+        pages.extend(row.used(block_size))
         if row.end - row.start > 1:
             for item in _chunk_items(row, first_page, block_size, group, window, causal):
                 chunks.extend(item)

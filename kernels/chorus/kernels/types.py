@@ -127,6 +127,10 @@ class AttentionRow:
     context: int
     blocks: Sequence[int]
 
+    def used(self, block_size: int) -> Sequence[int]:
+        """The blocks that hold the context."""
+        return self.blocks[: -(-self.context // block_size)]
+
 
 @dataclass(frozen=True, slots=True)
 class SlotSegment:

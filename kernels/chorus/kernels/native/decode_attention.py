@@ -32,7 +32,7 @@ class DecodeRows:
     them: int32, their places in the batch, contexts, where the pages of each begin in the list after that."""
 
     def __init__(self, rows: Sequence[AttentionRow], block_size: int, *, causal: bool = True) -> None:
-        used = [row.blocks[: -(-row.context // block_size)] for row in rows]
+        used = [row.used(block_size) for row in rows]
         first_page = np.cumsum([0, *map(len, used)][:-1])
         start, end, context = np.array([(row.start, row.end, row.context) for row in rows]).T
         tokens = end - start
