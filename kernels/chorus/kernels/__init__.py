@@ -12,6 +12,7 @@ from chorus.kernels.low_rank_choice import capacity_family as low_rank_family
 from chorus.kernels.low_rank_tables import Capacity as LowRankCapacity
 from chorus.kernels.low_rank_tables import StaticTables
 from chorus.kernels.packed_attention import PackedPlan, packed_attention
+from chorus.kernels.packed_linear import PackedWeight
 from chorus.kernels.paged_attention import paged_attention, store_kv
 from chorus.kernels.position_bias import relative_bias
 from chorus.kernels.residual_norm import residual_norm
@@ -45,6 +46,7 @@ __all__ = [
     "LowRankSegment",
     "Norm",
     "PackedPlan",
+    "PackedWeight",
     "RankPool",
     "RopePlan",
     "RowPlan",

@@ -131,6 +131,13 @@ def residual_norm(residual: Tensor, x: Tensor | None, norm: Norm, segments: Sequ
     return (normed * ((norm.kind == "rms_plus_one") + weight.to(wide)) + bias.to(wide)).to(dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x W^T + bias + residual, rounded once; x [..., K], weight [N, K], bias [N], residual [..., N]."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    return (y if residual is None else y + residual).to(x.dtype)
+
+
 def gated_mul(gate: Tensor, up: Tensor, activation: GatedActivation) -> Tensor:
     """silu(gate) * up, or gelu in its tanh form; the activation is rounded before the product. [T, N]."""
     act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chorus.kernels import low_rank_group
-from chorus.models.linear import PACKED_FOR_ROWS, AdaptedLinear
+from chorus.kernels import PackedWeight, low_rank_group
+from chorus.models.linear import AdaptedLinear
 
 
 class LinearGroup:
@@ -25,21 +25,21 @@ class LinearGroup:
         self.widths = [member.out_features for member in members]
         self._starts = [0, *accumulate(self.widths)][:-1]
         self.weight, self.bias = self._join("weight"), self._join("bias")
-        self.packed: Tensor | None = None
+        self.packed: PackedWeight | None = None
         for member in self.members:
             member.grouped_weight = partial(self._rows_of, member)
 
     def pack(self) -> None:
-        """Lays the weight out for oneDNN, and drops what it was."""
+        """Packs the weight, and drops what it was."""
         assert self.weight is not None
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACKED_FOR_ROWS)
+        self.packed = PackedWeight(self.weight)
         self.weight = None
         for member in self.members:
             member.weight = nn.Parameter(member.weight.new_empty(0), requires_grad=False)
 
     def _rows_of(self, member: AdaptedLinear) -> Tensor:
         """A member's weight, [out, in]."""
-        weight = self.weight if self.packed is None else self.packed.to_dense()
+        weight = self.weight if self.packed is None else self.packed.dense()
         assert weight is not None
         start = self._starts[self.members.index(member)]
         return weight[start : start + member.out_features]
@@ -50,7 +50,7 @@ class LinearGroup:
             assert self.weight is not None
             y = F.linear(x, self.weight, self.bias)
         else:
-            y = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            y = self.packed.linear(x, self.bias)
         if any(member.plan is not None for member in self.members):
             pools, plans = [member.pool for member in self.members], [member.plan for member in self.members]
             low_rank_group(y.split(self.widths, dim=1), x, pools, plans)

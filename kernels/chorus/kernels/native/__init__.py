@@ -3,6 +3,8 @@
     numbers.py           bfloat16, float16 and addresses in a kernel; exp
     team.py              how a kernel is compiled, kept and run on the threads that torch computes with
     decode_attention.py  decodes over paged keys and values
+    packed_linear.py     linears of few rows, over weights as oneDNN packs them
+    dot_tile.py          their innermost loop, in registers
     low_rank.py          many adapters' deltas for segments of few rows
     rope_store.py        queries and keys normed and rotated, keys and values stored
     residual_norm.py     sums and their norms
@@ -14,7 +16,7 @@ alone: same inputs, same bits, whatever the number of threads. Sums are float32.
 
 import torch
 
-from chorus.kernels.native import decode_attention, gated_mul, low_rank, residual_norm, rope_store
+from chorus.kernels.native import decode_attention, gated_mul, low_rank, packed_linear, residual_norm, rope_store
 from chorus.kernels.native.numbers import HELD_AS
 
 
@@ -24,6 +26,7 @@ def prepare(dtype: torch.dtype, head_dim: int, block_size: int) -> None:
         decode_attention.prepare(dtype, head_dim, block_size)
         low_rank.prepare(dtype)
         rope_store.prepare(dtype)
+        packed_linear.prepare(dtype)
         if dtype != torch.float32:
             residual_norm.prepare(dtype)
             gated_mul.prepare(dtype)

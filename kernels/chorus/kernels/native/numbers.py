@@ -92,16 +92,20 @@ def take_ticket(typing: Any, counter: Any) -> Any:
     return types.int64(counter), build
 
 
+def ask_for(builder: Any, address: Any) -> None:
+    """What `prefetch` is compiled to."""
+    byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+    builder.call(function, [builder.inttoptr(address, byte), word(0), word(2), word(1)])
+
+
 @intrinsic
 def prefetch(typing: Any, address: Any) -> Any:
     """Asks for the 64 bytes at an int64 address to come into the second level of the cache; it need not be there."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function = builder.module.declare_intrinsic(
-            "llvm.prefetch", [byte], ir.FunctionType(ir.VoidType(), [byte, word, word, word])
-        )
-        builder.call(function, [builder.inttoptr(arguments[0], byte), word(0), word(2), word(1)])
+        ask_for(builder, arguments[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), build

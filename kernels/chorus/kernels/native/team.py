@@ -25,9 +25,12 @@ logger = logging.getLogger(__name__)
 
 Kernel = Callable[[Any], None]
 
-EDITION = int.from_bytes(sha256(Path(__file__).with_name("numbers.py").read_bytes()).digest()[:7], "big")
+_SHARED = ("numbers.py", "dot_tile.py")
+EDITION = int.from_bytes(
+    sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in _SHARED)).digest()[:7], "big"
+)
 """What a kernel compares its arguments' edition with, which makes it part of the key under which compiled code is kept:
-numba itself looks only at the file that a kernel is in, and would go on with `numbers` as they were before a change."""
+numba itself looks only at the file that a kernel is in, and would go on with what it shares as that was before."""
 
 _FLOAT, _BITS = struct.Struct("f"), struct.Struct("i")
 

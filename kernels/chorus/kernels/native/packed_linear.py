@@ -1,0 +1,129 @@
+"""Linears of few rows on a CPU, over weights that lie as oneDNN packed them: a work item is a panel of 64 columns.
+
+    for each BLOCK pairs of K
+        for each 8 rows, each half of the panel     sums += x w      (`dot_tile`)
+    sums, and bias and residual where there are     rounded once     -> y
+
+A block of a panel's weights stays in the first level of the cache for all rows, while what comes next is fetched.
+"""
+# numba compiles what it sees, whatever the types say.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import ctypes
+from functools import cache
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+from llvmlite import binding
+from numba import carray
+from torch import Tensor
+
+from chorus.kernels.native.dot_tile import COLUMNS, PANEL, ROWS, dot_tile
+from chorus.kernels.native.numbers import OPTIONS, narrow, pointer, take_ticket, wide
+from chorus.kernels.native.team import EDITION, Compiled
+
+MOST_ROWS = 64
+BLOCK = 64  # 16 KiB of weights
+
+
+def packed_linear(y: Tensor, x: Tensor, weights_at: int, bias: Tensor | None, residual: Tensor | None) -> None:
+    """y [T, N] = x W^T + bias + residual; bfloat16, T up to `MOST_ROWS`, K even, rows contiguous.
+
+    `weights_at` is where W [N, K] lies, packed: [ceil(N / 64), ceil(K / 32) * 16, 64, 2], zeros past N and K.
+    """
+    rows, n = y.shape
+    stride = 0 if residual is None else residual.stride(0)
+    panels = -(-n // PANEL)
+    _kernel()(panels, panels, y, y.stride(0), n, x, x.stride(0), x.shape[1], rows, weights_at, bias, residual, stride)
+
+
+def address_of(packed: Tensor, weight: Tensor) -> int | None:
+    """Where `packed`, oneDNN's form of `weight` [N, K], has the layout that the kernel reads; None if it has not.
+
+    Its first and its last panel are compared with the weight.
+    """
+    n, k = weight.shape
+    panels, padded = -(-n // PANEL), -(-k // 32) * 32
+    size: int = torch.ops.mkldnn._nbytes(packed)
+    at: int = torch.ops.mkldnn.data_ptr(packed)
+    if not runs_here() or weight.dtype != torch.bfloat16 or k % 2 or at % 64 or size != 2 * panels * PANEL * padded:
+        return None
+    lies = torch.frombuffer((ctypes.c_char * size).from_address(at), dtype=torch.bfloat16).view(panels, -1)
+    for panel in {0, panels - 1}:
+        rows = weight[PANEL * panel : PANEL * (panel + 1)]
+        filled = F.pad(rows, (0, padded - k, 0, PANEL - len(rows))).view(PANEL, -1, 2)
+        if not torch.equal(lies[panel].view(torch.int16), filled.transpose(0, 1).flatten().view(torch.int16)):
+            return None
+    return at
+
+
+@cache
+def runs_here() -> bool:
+    """Whether this CPU has the kernel's instruction, and not a better one, which oneDNN knows to use."""
+    features = binding.get_host_cpu_features()
+    return bool(features.get("avx512bf16")) and not features.get("amx-bf16")
+
+
+def prepare(dtype: torch.dtype) -> None:
+    """Compiles now what the first call would wait for."""
+    if dtype == torch.bfloat16 and runs_here():
+        _kernel()
+
+
+@cache
+def _kernel() -> Compiled:
+    edition = EDITION
+
+    def packed_linear(arguments):
+        a = carray(arguments, (14,))
+        panels, y_at, y_stride, n, x_at, x_stride, k, rows = a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]
+        weights_at, bias_at, residual_at, residual_stride = a[10], a[11], a[12], a[13]
+        memory = np.empty(MOST_ROWS * PANEL + 16, np.float32)
+        aligned = (16 - memory.ctypes.data // 4 % 16) % 16
+        sums = memory[aligned : aligned + MOST_ROWS * PANEL].reshape((MOST_ROWS, PANEL))
+        padded_pairs = (k + 31) // 32 * 16
+        while edition == a[1]:
+            panel = take_ticket(arguments)
+            if panel >= panels:
+                break
+            first = panel * PANEL
+            columns = min(PANEL, n - first)
+            _multiply(sums, x_at, 2 * x_stride, weights_at + 4 * PANEL * panel * padded_pairs, rows, k // 2)
+            for row in range(rows):
+                part = sums[row]
+                if bias_at:
+                    _add(part, bias_at + 2 * first, columns)
+                if residual_at:
+                    _add(part, residual_at + 2 * (row * residual_stride + first), columns)
+                y = carray(pointer(y_at + 2 * (row * y_stride + first)), (columns,), np.uint16)
+                for j in range(columns):
+                    y[j] = narrow(part[j], y[j])
+
+    return Compiled(packed_linear)
+
+
+@numba.njit(**OPTIONS)
+def _multiply(sums, x_at, x_stride, w_at, rows, pairs):
+    """sums [rows, 64] = x [rows, 2 pairs] times a panel; strides in bytes."""
+    sums[: (rows + ROWS - 1) // ROWS * ROWS] = np.float32(0)
+    for low in range(0, pairs, BLOCK):
+        length = min(BLOCK, pairs - low)
+        for row in range(0, rows, ROWS):
+            for column in range(0, PANEL, COLUMNS):
+                dot_tile(
+                    x_at + row * x_stride + 4 * low,
+                    x_stride,
+                    rows - 1 - row,
+                    w_at + 4 * (PANEL * low + column),
+                    length,
+                    sums.ctypes.data + 4 * (PANEL * row + column),
+                )
+
+
+@numba.njit(**OPTIONS)
+def _add(part, at, columns):
+    numbers = carray(pointer(at), (columns,), np.uint16)
+    for j in range(columns):
+        part[j] += wide(numbers[j])
