@@ -103,7 +103,7 @@ def measure(device: Literal["cpu", "cuda"], adapters: int) -> dict[str, Any]:
         ways: dict[str, dict[str, Any]] = {
             "steps_ms": {},
             "steps_without_overlap_ms": {"overlap": "off"},
-            "steps_without_graphs_ms": {"cuda_graphs": "off"},
+            "steps_without_graphs_ms": {"graphs": "off"},
         }
         for title, options in ways.items():
             engine, base, _ = engine_of_8b(Path(name), device, adapters, **options)

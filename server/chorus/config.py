@@ -60,8 +60,9 @@ class ServerConfig(BaseModel):
     prefix_cache: Literal["tenant", "request"] = Field(
         default="tenant", description="Who finds a prompt's keys and values again; request: its own outputs alone."
     )
-    cuda_graphs: Literal["auto", "off"] = Field(
-        default="auto", description="auto: decode steps run as CUDA graphs, where the device is cuda."
+    graphs: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: decode steps are recorded and replayed, as CUDA graphs on cuda, as tapes on cpu.",
     )
     overlap: Literal["auto", "off"] = Field(
         default="auto", description="auto: a step is laid out while another computes, where the device is cuda."

@@ -62,7 +62,7 @@ def test_every_field_is_a_flag(server: Callable[[Serve], None], run: Run) -> Non
         "max_step_tokens": 18,
         "target_step_ms": 25.0,
         "prefix_cache": "request",
-        "cuda_graphs": "off",
+        "graphs": "off",
         "overlap": "off",
         "max_queue": 9,
         "max_message_mb": 10,

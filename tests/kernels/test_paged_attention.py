@@ -294,7 +294,7 @@ def test_what_does_not_fit_a_plan_is_refused_by_name(said: str, change: dict[str
     ],
 )
 def test_what_can_not_be_stored_is_refused_by_name(said: str, change: dict[str, torch.Tensor]) -> None:
-    fitting = {name: torch.zeros(2, 2, BLOCK, 4) for name in ("k_cache", "v_cache")}
+    fitting: dict[str, Any] = {name: torch.zeros(2, 2, BLOCK, 4) for name in ("k_cache", "v_cache")}
     fitting |= {name: torch.zeros(2, 2, 4) for name in ("key", "value")}
     with pytest.raises(ValueError, match=said):
         store_kv(**fitting | {"slots": torch.tensor([0, 1])} | change)

@@ -9,11 +9,10 @@ from chorus.kernels import (
     AttentionRow,
     LowRankCapacity,
     LowRankSegment,
-    StaticTables,
     decode_ranges,
     low_rank_family,
 )
-from chorus.kernels.low_rank_tables import LowRankTables
+from chorus.kernels.low_rank_tables import LowRankTables, StaticTables
 
 CPU = torch.device("cpu")
 BLOCK = 16

@@ -9,8 +9,8 @@ from chorus.kernels.attention_tables import decode_ranges
 from chorus.kernels.head import HeadPlan, head
 from chorus.kernels.low_rank import LowRankPlan, low_rank, low_rank_group
 from chorus.kernels.low_rank_choice import capacity_family as low_rank_family
+from chorus.kernels.low_rank_static import StaticLowRank
 from chorus.kernels.low_rank_tables import Capacity as LowRankCapacity
-from chorus.kernels.low_rank_tables import StaticTables
 from chorus.kernels.packed_attention import PackedPlan, packed_attention
 from chorus.kernels.packed_linear import PackedWeight
 from chorus.kernels.paged_attention import paged_attention, store_kv
@@ -51,7 +51,7 @@ __all__ = [
     "RopePlan",
     "RowPlan",
     "SlotSegment",
-    "StaticTables",
+    "StaticLowRank",
     "decode_ranges",
     "gelu_tanh_mul",
     "head",

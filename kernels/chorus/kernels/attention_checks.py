@@ -82,8 +82,12 @@ def check_scores(window: int | None, soft_cap: float | None, bias: Tensor | None
         )
 
 
-def check_store(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def check_store(
+    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, ends: tuple[int, int] | None = None
+) -> None:
     """key, value [T, H_kv, D] for caches [blocks, H_kv, block_size, D]; slots [T] int64. Looked into on CPU only.
+
+    `ends` are the lowest and the highest slot, where they are known.
 
     Raises:
         ValueError: naming the argument.
@@ -103,6 +107,6 @@ def check_store(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, sl
     if slots.dtype != torch.int64 or slots.dim() != 1 or slots.device != key.device or not slots.is_contiguous():
         raise ValueError(f"slots: want a contiguous [T], int64 on {key.device}, got {slots.dtype} {tuple(slots.shape)}")
     if slots.device.type == "cpu" and len(slots):
-        lowest, highest = (int(slot) for slot in torch.aminmax(slots))
+        lowest, highest = (int(slot) for slot in torch.aminmax(slots)) if ends is None else ends
         if lowest < 0 or highest >= k_cache.shape[0] * k_cache.shape[2]:
             raise ValueError(f"slots: {lowest} to {highest} do not lie in {k_cache.shape[0]} blocks")

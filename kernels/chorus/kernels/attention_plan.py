@@ -1,7 +1,7 @@
 """`AttentionPlan`: what a batch's attention needs to know of it, made once a step and shared by all layers.
 
 With a capacity its tables have one size and place for all batches of as many tokens, and are written anew in place: a
-CUDA graph that was captured with them replays any of these.
+graph that was recorded with them replays any of these.
 """
 
 from array import array
@@ -24,14 +24,20 @@ FEW_KEYS = 1 << 14
 
 
 class CpuRows:
-    """For a CPU: decodes together, short chunks among them token by token, and long chunks one by one."""
+    """For a CPU: decodes together, short chunks among them token by token, and long chunks one by one.
 
-    def __init__(self, rows: Sequence[AttentionRow], block_size: int, causal: bool) -> None:
+    With a capacity there are decodes alone.
+    """
+
+    def __init__(
+        self, rows: Sequence[AttentionRow], block_size: int, causal: bool, capacity: Capacity | None = None
+    ) -> None:
         from chorus.kernels.native.decode_attention import DecodeRows  # numba is not everywhere
 
-        decodes = [row for row in rows if _is_short(row)]
-        self.decode_rows = DecodeRows(decodes, block_size, causal=causal) if decodes else None
-        self.prefills = [row for row in rows if not _is_short(row)]
+        decodes = [row for row in rows if capacity is not None or _is_short(row)]
+        pages = None if capacity is None else capacity.pages
+        self.decode_rows = DecodeRows(decodes, block_size, causal=causal, pages=pages) if decodes else None
+        self.prefills = [row for row in rows if capacity is None and not _is_short(row)]
         self.prefill_blocks = [torch.tensor(row.used(block_size)) for row in self.prefills]
 
 
@@ -69,7 +75,9 @@ class AttentionPlan:
         self.causal = causal
         self.device = device
         self.tokens = self.rows[-1].end if self.rows else 0
-        self.slots = to_device(_slots(self.rows, block_size, causal), device)  # [T]
+        slots = _slots(self.rows, block_size, causal)
+        self.slots = to_device(slots, device)  # [T]
+        self.ends = _ends(slots)
         self.highest_block = _highest_block(self.rows, block_size)
 
     def rewrite(self, rows: Sequence[AttentionRow]) -> None:
@@ -78,16 +86,19 @@ class AttentionPlan:
         Raises:
             ValueError: not as many tokens, more than the capacity, or a plan without one; nothing is written then.
         """
-        if self._capacity is None or not self.runs_triton:
+        if self._capacity is None or not (self.runs_triton or self.device.type == "cpu"):
             raise ValueError("capacity: a plan without one is not written anew")
         check_rows(rows, self.block_size, self.causal)
         if not rows or rows[-1].end != self.tokens:
             raise ValueError(f"rows: they end at {rows[-1].end if rows else 0}, the plan's at {self.tokens}")
         made = {(group, window): self._made(rows, group, window) for group, window in self._tables}
+        if not self.runs_triton and self.on_cpu.decode_rows is not None:
+            self.on_cpu.decode_rows.rewrite(rows)
         self.rows = tuple(rows)
-        self.__dict__.pop("on_cpu", None)
         self.highest_block = _highest_block(self.rows, self.block_size)
-        write(self.slots, _slots(self.rows, self.block_size, self.causal))
+        slots = _slots(self.rows, self.block_size, self.causal)
+        write(self.slots, slots)
+        self.ends = _ends(slots)
         for key, (tables, _) in made.items():
             write(self._tables[key].tables, tables)
 
@@ -104,12 +115,17 @@ class AttentionPlan:
 
     @cached_property
     def on_cpu(self) -> CpuRows:
-        """For what runs without Triton."""
-        return CpuRows(self.rows, self.block_size, self.causal)
+        """For what runs on a CPU without Triton."""
+        return CpuRows(self.rows, self.block_size, self.causal, self._capacity)
 
 
 def _highest_block(rows: Sequence[AttentionRow], block_size: int) -> int:
     return max((max(row.used(block_size)) for row in rows), default=-1)
+
+
+def _ends(slots: Tensor) -> tuple[int, int]:
+    """The lowest and the highest slot; 0 and -1 of none."""
+    return (int(slots.min()), int(slots.max())) if len(slots) else (0, -1)
 
 
 def _slots(rows: Sequence[AttentionRow], block_size: int, causal: bool) -> Tensor:

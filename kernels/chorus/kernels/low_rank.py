@@ -31,8 +31,8 @@ class LowRankPlan:
     """How one batch's segments are computed at the sites where they own the same pool rows. Reusable.
 
     For Triton it holds tables, of fixed size and writable anew with a `capacity`. `triton` says whether Triton runs (on
-    CPU tensors only in its interpreter); unless told, it does on CUDA. `tables` are those of the segments, where there
-    are some already.
+    CPU tensors only in its interpreter); unless told, it does on CUDA. `tables`, or `on_cpu` on a CPU, are those of the
+    segments, where there are some already.
 
     Raises:
         ValueError: segments overlap, run backwards, name negative pool rows, or, for Triton, rows that are not whole
@@ -47,14 +47,15 @@ class LowRankPlan:
         triton: bool | None = None,
         capacity: Capacity | None = None,
         tables: LowRankTables | None = None,
+        on_cpu: CpuSegments | None = None,
     ) -> None:
         on_triton = runs_triton(device, triton)
-        on_cpu = device.type == "cpu" and not on_triton
+        is_cpu = device.type == "cpu" and not on_triton
         self.device = device
         self.needs = needs_of(segments)
         self.segments = tuple(segments)
-        self.on_cpu = CpuSegments.of(self.segments) if on_cpu else None
-        self.vector_rows = VectorRows.of(self.segments) if on_cpu else None
+        self.on_cpu = on_cpu or CpuSegments.of(self.segments) if is_cpu else None
+        self.vector_rows = VectorRows.of(self.segments) if is_cpu else None
         self.tables = None
         if on_triton:
             self.tables = tables or LowRankTables(self.segments, device, capacity)

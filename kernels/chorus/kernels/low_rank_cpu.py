@@ -34,7 +34,7 @@ class CpuSegments(NamedTuple):
         short = [s for s in used if s.end - s.start < LONG_SEGMENT_ROWS]
         long = [s for s in used if s.end - s.start >= LONG_SEGMENT_ROWS]
         return cls(
-            ShortSegments(short) if short else None,
+            ShortSegments.of(short) if short else None,
             tuple(LongSegment(s.start, s.end - s.start, _PoolRows.of(s.pool_rows), s.activation) for s in long),
         )
 

@@ -98,7 +98,7 @@ class LowRankTables:
         used = [s for s in segments if s.acts]
         self.geometry = _geometry(used) if capacity is None else _worst_case(capacity)
         self.flat_geometry = self.geometry.flat()
-        _check(used, self._capacity)
+        check_capacity(used, self._capacity)
         self._used = used
         self._gradient: tuple[int, Tensor] | None = None
         self.buffer = to_device(_fill(used, self.geometry, capacity), device) if buffer is None else buffer
@@ -119,7 +119,7 @@ class LowRankTables:
         if self._capacity is None:
             raise ValueError("capacity: tables without one are not written anew")
         used = [s for s in segments if s.acts]
-        _check(used, self._capacity)
+        check_capacity(used, self._capacity)
         host = _fill(used, self.geometry, self._capacity)
         write(self.buffer, host)
         self._used, self._gradient = used, None
@@ -164,7 +164,7 @@ class StaticTables:
         hosts = []
         for segments in batches:
             used = [s for s in segments if s.acts]
-            _check(used, self._capacity)
+            check_capacity(used, self._capacity)
             hosts.append(self._host(used))
         write(self._buffer, torch.stack(hosts)[torch.tensor(batch_of)])
 
@@ -189,7 +189,11 @@ def pages_of(pool_rows: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(pages)
 
 
-def _check(segments: Sequence[LowRankSegment], capacity: Capacity | None) -> None:
+def check_capacity(segments: Sequence[LowRankSegment], capacity: Capacity | None) -> None:
+    """
+    Raises:
+        ValueError: the segments that act exceed the capacity.
+    """
     if capacity is None or not segments:
         return
     rank = max(len(s.pool_rows) for s in segments)

@@ -19,13 +19,17 @@ from chorus.kernels.dense_attention import dense_attention
 from chorus.kernels.dispatch import runs_native
 
 
-def store_kv(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def store_kv(
+    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, ends: tuple[int, int] | None = None
+) -> None:
     """Writes row t's key and value to cache position slots[t]; see `reference.store_kv`.
+
+    `ends` are the lowest and the highest slot, where the caller knows them (`AttentionPlan.ends`).
 
     Raises:
         ValueError: naming the argument whose shape, dtype or device does not fit; on CPU also slots outside of a cache.
     """
-    check_store(key, value, k_cache, v_cache, slots)
+    check_store(key, value, k_cache, v_cache, slots, ends)
     if key.device.type == "cuda":
         from chorus.kernels.attention_launch import store_kv_op
 

@@ -22,14 +22,22 @@ class RopePlan:
 
     cos, sin [T, R / 2], a column for each pair of the first R of D dimensions, in the model's dtype or float32; slots
     [T], int64, cache positions as `reference.store_kv` means them, each within the cache. Pairs are (i, i + R / 2), or
-    (2 i, 2 i + 1) if `interleaved`. `triton` says whether Triton runs (on CUDA if None).
+    (2 i, 2 i + 1) if `interleaved`. `triton` says whether Triton runs (on CUDA if None). `ends` are the lowest and the
+    highest slot where the caller knows them; else compiled code, which writes where slots say, has them looked for.
 
     Raises:
         ValueError: cos, sin and slots do not fit each other.
     """
 
     def __init__(
-        self, cos: Tensor, sin: Tensor, slots: Tensor, *, interleaved: bool = False, triton: bool | None = None
+        self,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        *,
+        interleaved: bool = False,
+        triton: bool | None = None,
+        ends: tuple[int, int] | None = None,
     ) -> None:
         if cos.dim() != 2 or cos.shape != sin.shape or cos.dtype != sin.dtype or cos.stride() != sin.stride():
             raise ValueError(f"cos, sin: want two alike [T, R / 2], got {tuple(cos.shape)} and {tuple(sin.shape)}")
@@ -42,10 +50,13 @@ class RopePlan:
         self.cos, self.sin, self.slots, self.interleaved = cos, sin, slots, interleaved
         self.rows, self.width, self.device = len(cos), 2 * cos.shape[1], cos.device  # width is R
         self.runs_triton = runs_triton(cos.device, triton)
+        self._ends = ends
 
     @cached_property
     def ends(self) -> tuple[int, int]:
         """The lowest and the highest slot where compiled code writes at them; Triton's kernel looks for itself."""
+        if self._ends is not None:
+            return self._ends
         if self.runs_triton or not self.slots.is_cpu or not len(self.slots):
             return 0, -1
         lowest, highest = torch.aminmax(self.slots)

@@ -1,11 +1,11 @@
-"""An adapter pool's plans for a CUDA graph: of one size for all batches within a capacity, written anew in place."""
+"""An adapter pool's plans for a graph: of one size for all batches within a capacity, written anew in place."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from chorus.kernels import LowRankCapacity, LowRankPlan, LowRankSegment, StaticTables
+from chorus.kernels import LowRankCapacity, LowRankSegment, StaticLowRank
 
 if TYPE_CHECKING:
     from chorus.adapters.pool import AdapterPool, SlotSegment
@@ -18,9 +18,8 @@ class StaticPlans:
         self, pool: "AdapterPool", names: Sequence[str], capacity: LowRankCapacity, device: torch.device
     ) -> None:
         self._pool = pool
-        self._tables = StaticTables(len(names), capacity, device)
-        made = [LowRankPlan((), device, triton=True, tables=own) for own in self._tables.tables]
-        self.plans = dict(zip(names, made, strict=True))
+        self._static = StaticLowRank(len(names), capacity, device)
+        self.plans = dict(zip(names, self._static.plans, strict=True))
         self._written: tuple[SlotSegment, ...] = ()
 
     def write(self, segments: "tuple[SlotSegment, ...]") -> None:
@@ -38,5 +37,5 @@ class StaticPlans:
                 raise ValueError(f"segments: adapters act at {sorted(set(names) - batch_of.keys())}, which has no plan")
             batch_of.update(dict.fromkeys(names, len(batches)))
             batches.append(layout)
-        self._tables.rewrite(batches, list(batch_of.values()))
+        self._static.rewrite(batches, list(batch_of.values()))
         self._written = segments

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
+import torch
+
 from chorus.config import ServerConfig
 from chorus.engine.engine import Engine
-from chorus.engine.graphs import CudaGraphs
+from chorus.engine.graphs import CudaGraphs, Record
 from chorus.engine.memory import MemoryPlan
 from chorus.models.base import Base
 
@@ -22,7 +24,17 @@ def engine_of(
         max_queue=config.max_queue,
         prefix_cache=config.prefix_cache == "tenant",
         target_step_s=None if config.target_step_ms is None else config.target_step_ms / 1e3,
-        record=CudaGraphs() if base.device.type == "cuda" and config.cuda_graphs == "auto" else None,
+        record=_recorder(base.device) if config.graphs == "auto" else None,
         overlap=base.device.type == "cuda" and config.overlap == "auto",
         on_ready=on_ready,
     )
+
+
+def _recorder(device: torch.device) -> Record | None:
+    if device.type == "cuda":
+        return CudaGraphs()
+    if device.type == "cpu":
+        from chorus.kernels.native.tape import Tapes  # numba is not everywhere
+
+        return Tapes()
+    return None

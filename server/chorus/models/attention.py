@@ -29,7 +29,7 @@ class StepAttention:
         key = id(cos)
         if key not in self._ropes:
             half = cos.shape[-1] // 2
-            self._ropes[key] = RopePlan(cos[0, :, :half], sin[0, :, :half], self.plan.slots)
+            self._ropes[key] = RopePlan(cos[0, :, :half], sin[0, :, :half], self.plan.slots, ends=self.plan.ends)
         return self._ropes[key]
 
 
@@ -50,12 +50,13 @@ def attend(
     """query [1, H, T, D], key and value [1, H_kv, T, D], rotated where the family rotates. Returns [1, T, H, D]."""
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     k_cache, v_cache = chorus_step.k_cache[layer], chorus_step.v_cache[layer]
-    store_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), k_cache, v_cache, chorus_step.plan.slots)
+    plan = chorus_step.plan
+    store_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), k_cache, v_cache, plan.slots, plan.ends)
     attended = paged_attention(
         query[0].transpose(0, 1).contiguous(),
         k_cache,
         v_cache,
-        chorus_step.plan,
+        plan,
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
         window=sliding_window,
         soft_cap=softcap,

@@ -9,6 +9,8 @@
     rope_store.py        queries and keys normed and rotated, keys and values stored
     residual_norm.py     sums and their norms
     gated_mul.py         act(gate) * up
+    program.py           calls of kernels, one after the other, as one
+    tape.py              a computation recorded as programs, and asked for again
 
 A kernel takes work items by a ticket, so threads of unequal speed end together, and an item is computed by one thread
 alone: same inputs, same bits, whatever the number of threads. Sums are float32.
@@ -16,7 +18,15 @@ alone: same inputs, same bits, whatever the number of threads. Sums are float32.
 
 import torch
 
-from chorus.kernels.native import decode_attention, gated_mul, low_rank, packed_linear, residual_norm, rope_store
+from chorus.kernels.native import (
+    decode_attention,
+    gated_mul,
+    low_rank,
+    packed_linear,
+    program,
+    residual_norm,
+    rope_store,
+)
 from chorus.kernels.native.numbers import HELD_AS
 
 
@@ -27,6 +37,7 @@ def prepare(dtype: torch.dtype, head_dim: int, block_size: int) -> None:
         low_rank.prepare(dtype)
         rope_store.prepare(dtype)
         packed_linear.prepare(dtype)
+        program.prepare()
         if dtype != torch.float32:
             residual_norm.prepare(dtype)
             gated_mul.prepare(dtype)

@@ -29,20 +29,47 @@ AHEAD = 4  # pages that are fetched before they are read: from memory, 16 ms ins
 
 class DecodeRows:
     """The new tokens of some sequences, R in all, each as a row of its own that sees its context; as the kernel reads
-    them: int32, their places in the batch, contexts, where the pages of each begin in the list after that."""
+    them: int32, the longest context, R places in the batch, R contexts, where the pages of each begin, then pages.
 
-    def __init__(self, rows: Sequence[AttentionRow], block_size: int, *, causal: bool = True) -> None:
-        used = [row.used(block_size) for row in rows]
-        first_page = np.cumsum([0, *map(len, used)][:-1])
-        start, end, context = np.array([(row.start, row.end, row.context) for row in rows]).T
-        tokens = end - start
-        self.count = int(tokens.sum())
-        token = np.arange(self.count) - np.repeat(np.cumsum(tokens) - tokens, tokens)  # of its sequence's new ones
-        behind = np.repeat(tokens - 1, tokens) - token if causal else 0
-        each = [np.repeat(start, tokens) + token, np.repeat(context, tokens) - behind, np.repeat(first_page, tokens)]
-        parts = [np.asarray(part, np.int32) for part in (*each, *used)]
-        self.table = torch.from_numpy(np.concatenate(parts))
-        self.longest = int(context.max())
+    With room for `pages` the table can be written anew, in place.
+    """
+
+    def __init__(
+        self, rows: Sequence[AttentionRow], block_size: int, *, causal: bool = True, pages: int | None = None
+    ) -> None:
+        self._block_size, self._causal = block_size, causal
+        self.count, numbers = _numbers(rows, block_size, causal)
+        self.table = torch.from_numpy(numbers)
+        if pages is not None:
+            self.table = torch.zeros(1 + 3 * self.count + pages, dtype=torch.int32)
+            self.rewrite(rows)
+
+    def rewrite(self, rows: Sequence[AttentionRow]) -> None:
+        """Others of as many tokens.
+
+        Raises:
+            ValueError: not as many, or more pages than there is room for; nothing is written then.
+        """
+        count, numbers = _numbers(rows, self._block_size, self._causal)
+        if count != self.count or len(numbers) > len(self.table):
+            raise ValueError(
+                f"rows: {count} tokens in tables of {len(numbers)} numbers, want {self.count} in {len(self.table)}"
+            )
+        self.table[: len(numbers)] = torch.from_numpy(numbers)
+
+
+def _numbers(rows: Sequence[AttentionRow], block_size: int, causal: bool) -> tuple[int, np.ndarray]:
+    """R, and the table."""
+    used = [row.used(block_size) for row in rows]
+    first_page = np.cumsum([0, *map(len, used)][:-1])
+    start, end, context = np.array([(row.start, row.end, row.context) for row in rows]).T
+    tokens = end - start
+    count = int(tokens.sum())
+    token = np.arange(count) - np.repeat(np.cumsum(tokens) - tokens, tokens)  # of its sequence's new ones
+    behind = np.repeat(tokens - 1, tokens) - token if causal else 0
+    each = [np.repeat(start, tokens) + token, np.repeat(context, tokens) - behind, np.repeat(first_page, tokens)]
+    parts = ([context.max()], *each, *used)
+    return count, np.concatenate([np.asarray(part, np.int32) for part in parts])
 
 
 def decode_attention(
@@ -75,7 +102,7 @@ def decode_attention(
     kernel = _kernel(HELD_AS[query.dtype], dim, block_size)
     kernel(
         rows.count * kv_heads,
-        *(out, query, k_cache, v_cache, rows.table, rows.count, rows.longest, kv_heads),
+        *(out, query, k_cache, v_cache, rows.table, rows.count, kv_heads),
         *(query.stride(0), query.stride(1), *k_cache.stride()[:3]),
         *(scale, window or 0, soft_cap or 0.0, bias, 0 if bias is None else bias.shape[1] // 2, heads // kv_heads),
     )
@@ -92,14 +119,15 @@ def _kernel(held: type, dim: int, block: int) -> Compiled:
     edition, size = EDITION, np.dtype(held).itemsize
 
     def decode_attention(arguments):
-        a = carray(arguments, (21,))
-        out_at, query_at, k_at, v_at, table_at, rows, longest = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
-        kv_heads, query_row, query_head, page_stride, head_stride, stride = a[9], a[10], a[11], a[12], a[13], a[14]
-        scale, window, cap = float_of(numba.uint32(a[15])), a[16], float_of(numba.uint32(a[17]))
-        bias_at, furthest, group = a[18], a[19], a[20]
-        places = carray(pointer(table_at), (rows,), np.int32)
-        contexts = carray(pointer(table_at + 4 * rows), (rows,), np.int32)
-        firsts = carray(pointer(table_at + 8 * rows), (rows,), np.int32)
+        a = carray(arguments, (20,))
+        out_at, query_at, k_at, v_at, table_at, rows, kv_heads = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
+        query_row, query_head, page_stride, head_stride, stride = a[9], a[10], a[11], a[12], a[13]
+        scale, window, cap = float_of(numba.uint32(a[14])), a[15], float_of(numba.uint32(a[16]))
+        bias_at, furthest, group = a[17], a[18], a[19]
+        longest = carray(pointer(table_at), (1,), np.int32)[0]
+        places = carray(pointer(table_at + 4), (rows,), np.int32)
+        contexts = carray(pointer(table_at + 4 + 4 * rows), (rows,), np.int32)
+        firsts = carray(pointer(table_at + 4 + 8 * rows), (rows,), np.int32)
         asked = np.empty((group, dim), np.float32)
         page = np.empty((block, dim), np.float32)
         sums = np.empty((group, dim), np.float32)
@@ -115,7 +143,7 @@ def _kernel(held: type, dim: int, block: int) -> Compiled:
             first_page, end_page = begin // block, (context + block - 1) // block
             pages = end_page - first_page
             skipped, seen = begin - first_page * block, context - begin  # of the first page's keys; keys that count
-            table = carray(pointer(table_at + 4 * (3 * rows + firsts[row] + first_page)), (pages,), np.int32)
+            table = carray(pointer(table_at + 4 * (1 + 3 * rows + firsts[row] + first_page)), (pages,), np.int32)
             for g in range(group):
                 at = places[row] * query_row + (head * group + g) * query_head
                 _widen(asked[g], carray(pointer(query_at + size * at), (dim,), held), scale)

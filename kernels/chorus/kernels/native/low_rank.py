@@ -30,25 +30,35 @@ from chorus.kernels.types import Activation, LowRankSegment, RankPool
 ROWS = 8
 TILE = 1024
 RANKS = 4  # as many rank rows at once as the code below names
-_HEAD, _SITE, _ITEM = 9, 9, 5  # numbers in the arguments before the sites, of a site, and in a table of an item
+_HEAD, _SITE = 6, 8  # numbers in the arguments before the sites, and of a site
+_FIRST, _ITEM = 2, 5  # numbers in a table before the items, and of an item
 
 NONE, RELU, GELU, GELU_TANH, SILU = (int(Activation[name]) for name in ("NONE", "RELU", "GELU", "GELU_TANH", "SILU"))
 
 
 class ShortSegments:
-    """Segments as the kernel reads them, cut into items: int32, five numbers an item (first row, rows, where its pool
-    rows begin in the list after all items, how many, activation), then pool rows."""
+    """Segments as the kernel reads them, cut into items: int32, how many items and the most pool rows of one; five
+    numbers an item (first row, rows, where its pool rows begin in the list after all items, how many, activation);
+    pool rows."""
 
-    def __init__(self, segments: Sequence[LowRankSegment]) -> None:
+    def __init__(self, items: int, table: Tensor) -> None:
+        self.items, self.table = items, table
+
+    @classmethod
+    def of(cls, segments: Sequence[LowRankSegment]) -> "ShortSegments":
         items: list[int] = []
         pool_rows: list[int] = []
         for s in segments:
             for start in range(s.start, s.end, ROWS):
                 items += start, min(ROWS, s.end - start), len(pool_rows), len(s.pool_rows), s.activation
             pool_rows += s.pool_rows
-        self.table = torch.tensor(items + pool_rows, dtype=torch.int32)
-        self.items = len(items) // _ITEM
-        self.most_ranks = max(len(s.pool_rows) for s in segments)
+        count, most = len(items) // _ITEM, max((len(s.pool_rows) for s in segments), default=0)
+        return cls(count, torch.tensor([count, most, *items, *pool_rows], dtype=torch.int32))
+
+    @staticmethod
+    def most_numbers(rows: int, rank: int) -> int:
+        """In a table of up to so many rows, over adapters of up to that rank."""
+        return _FIRST + rows * (_ITEM + rank)
 
 
 class NativeSite(NamedTuple):
@@ -66,14 +76,12 @@ def low_rank(x: Tensor, sites: Sequence[NativeSite]) -> None:
     All in one of the dtypes `HELD_AS`, checked by the caller: the kernel reads and writes where the segments say.
     """
     numbers: list[Tensor | int | None] = []
-    items = most_ranks = 0
+    items = 0
     for y, (a, b, mid_scale), segments, mid_bias in sites:
-        numbers += [y, y.stride(0), y.shape[1], a, b, mid_scale, mid_bias, segments.table, segments.items]
+        numbers += [y, y.stride(0), y.shape[1], a, b, mid_scale, mid_bias, segments.table]
         items += segments.items
-        most_ranks = max(most_ranks, segments.most_ranks)
     a = sites[0].pool.a
-    kernel = _kernel(HELD_AS[a.dtype])
-    kernel(items, items, x, int(x.dim() == 1), a.shape[1], most_ranks, 0, len(sites), *numbers)
+    _kernel(HELD_AS[a.dtype])(items, x, int(x.dim() == 1), a.shape[1], len(sites), *numbers)
 
 
 def prepare(dtype: torch.dtype) -> None:
@@ -87,8 +95,12 @@ def _kernel(held: type) -> Compiled:
 
     def low_rank(arguments):
         head = carray(arguments, (_HEAD,))
-        items, x_at, by_id, k, most_ranks = head[2], head[3], head[4], head[5], head[6]
-        words = carray(arguments, (_HEAD + _SITE * head[8],))
+        x_at, by_id, k, sites = head[2], head[3], head[4], head[5]
+        words = carray(arguments, (_HEAD + _SITE * sites,))
+        items = most_ranks = 0
+        for site in range(sites):
+            about = carray(pointer(words[_HEAD + _SITE * site + 7]), (2,), np.int32)
+            items, most_ranks = items + about[0], max(most_ranks, numba.int64(about[1]))
         xs = np.empty((ROWS, 1 if by_id else k), np.float32)
         middle = np.empty((ROWS, most_ranks + RANKS), np.float32)
         weights = np.empty((RANKS, TILE), np.float32)
@@ -97,14 +109,16 @@ def _kernel(held: type) -> Compiled:
             item, at = take_ticket(arguments), _HEAD
             if item >= items:
                 break
-            while item >= words[at + 8]:
-                item -= words[at + 8]
+            own_items = carray(pointer(words[at + 7]), (1,), np.int32)[0]
+            while item >= own_items:
+                item -= own_items
                 at += _SITE
+                own_items = carray(pointer(words[at + 7]), (1,), np.int32)[0]
             y_at, y_stride, n, a_at, b_at = words[at], words[at + 1], words[at + 2], words[at + 3], words[at + 4]
             scale_at, bias_at, table_at = words[at + 5], words[at + 6], words[at + 7]
-            about = carray(pointer(table_at + 4 * _ITEM * item), (_ITEM,), np.int32)
+            about = carray(pointer(table_at + 4 * (_FIRST + _ITEM * item)), (_ITEM,), np.int32)
             start, rows, ranks = numba.int64(about[0]), numba.int64(about[1]), numba.int64(about[3])
-            own = carray(pointer(table_at + 4 * (_ITEM * words[at + 8] + about[2])), (ranks,), np.int32)
+            own = carray(pointer(table_at + 4 * (_FIRST + _ITEM * own_items + about[2])), (ranks,), np.int32)
             if by_id:
                 _look_up(middle, x_at, a_at, held, size, own, start, rows, k)
             else:

@@ -9,8 +9,10 @@ operators. So a kernel is handed to the very function that torch's own parallel 
 import ctypes
 import logging
 import struct
+import threading
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ _FLOAT, _BITS = struct.Struct("f"), struct.Struct("i")
 
 # Keeps the interpreter's lock: a kernel is shorter than handing it on.
 _ON_THREAD = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
+_ON_THREAD_UNLOCKED = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class Compiled:
@@ -49,16 +52,50 @@ class Compiled:
             logger.warning("compiled kernels can not be kept, every start compiles them anew: %s", error)
             self._code = numba.cfunc(signature, **OPTIONS)(function)
         self._on_thread = _ON_THREAD(self._code.address)
+        self._on_thread_unlocked = _ON_THREAD_UNLOCKED(self._code.address)
 
     def __call__(self, items: int, *arguments: torch.Tensor | int | float | None) -> None:
         """Runs it on as many threads as torch has here, at most `items`. What tensors hold must outlive the call."""
         memory = array("q", [0, EDITION, *[a if type(a) is int else _word(a) for a in arguments]])
         address, _ = memory.buffer_info()
+        if _listener.note is not None:
+            _listener.note(self._code.address, memory)
         threads = min(torch.get_num_threads(), items) if items > 1 and _parallel is not None else 1
         if threads > 1:
             _parallel(self._code.address, address, threads, 0)
         else:
             self._on_thread(address)
+
+    def run_unlocked(self, *arguments: int) -> None:
+        """Runs it on all threads that torch has here and lets other threads have the interpreter meanwhile."""
+        memory = array("q", [0, EDITION, *arguments])
+        address, _ = memory.buffer_info()
+        if (threads := team_size()) > 1:
+            _parallel_unlocked(self._code.address, address, threads, 0)
+        else:
+            self._on_thread_unlocked(address)
+
+
+def team_size() -> int:
+    """How many threads `run_unlocked` takes."""
+    return 1 if _parallel is None else torch.get_num_threads()
+
+
+class _Listener(threading.local):
+    note: Callable[[int, "array[int]"], None] | None = None
+
+
+_listener = _Listener()
+
+
+@contextmanager
+def told_of_calls(note: Callable[[int, "array[int]"], None]) -> Iterator[None]:
+    """Tells of each call of a kernel on this thread: where its code is, and its arguments, whose ticket is used up."""
+    _listener.note = note
+    try:
+        yield
+    finally:
+        _listener.note = None
 
 
 def _word(argument: torch.Tensor | int | float | None) -> int:
@@ -70,13 +107,16 @@ def _word(argument: torch.Tensor | int | float | None) -> int:
     return argument.data_ptr()  # type: ignore[union-attr]
 
 
-def _find_parallel() -> Any:
+def _find_parallel(library: ctypes.CDLL) -> Any:
     """OpenMP's `GOMP_parallel(function, data, threads, flags)`, as torch is linked with it; None where it has none."""
-    function = getattr(ctypes.PyDLL(None), "GOMP_parallel", None)
+    function = getattr(library, "GOMP_parallel", None)
     if function is not None:
         function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
         function.restype = None
     return function
 
 
-_parallel = _find_parallel()
+_parallel, _parallel_unlocked = _find_parallel(ctypes.PyDLL(None)), _find_parallel(ctypes.CDLL(None))
+_barrier = getattr(ctypes.CDLL(None), "GOMP_barrier", None)
+BARRIER = 0 if _barrier is None else ctypes.cast(_barrier, ctypes.c_void_p).value or 0
+"""Where the function is that returns once all threads of a team have called it; 0 where there are no teams."""

@@ -1,0 +1,149 @@
+"""What a computation on a CPU asks for, recorded once and asked for again: same memory, same work, no Python between.
+
+    recorded   embedding | norm  qkv  rotate  attend  o  norm  ...  | softmax | ..
+    replayed   torch     |               a program                  | torch   | ..
+
+Compiled kernels that follow each other become a `Program`. torch's operators between them run again and write where
+their results were. What was only an allocation or a view needs nothing. So whatever Python decided is fixed, and all
+that differs between replays has to lie in memory that is written before them, as with a CUDA graph.
+
+Results live in memory that is used again as soon as the recorded computation had dropped them, and which all tapes of
+one `Tapes` share: one is replayed at a time, and what it gives is good until the next.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from chorus.kernels.native.program import Call, Program
+from chorus.kernels.native.team import told_of_calls
+
+_ALLOCATIONS = frozenset(
+    {
+        torch.ops.aten.empty.memory_format,
+        torch.ops.aten.empty_like.default,
+        torch.ops.aten.empty_strided.default,
+        torch.ops.aten.new_empty.default,
+    }
+)
+_READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_LINE = 64  # bytes that a cache has at a time
+
+
+class Tapes:
+    """Gives what does the same work again, on the same memory: `engine.graphs.Record` for a CPU."""
+
+    def __init__(self) -> None:
+        self.memory = Memory()
+
+    def __call__(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """Computes `run` once.
+
+        Raises:
+            RuntimeError: it reads a tensor's numbers.
+        """
+        recording = _Recording(self.memory)
+        with told_of_calls(recording.note), recording:
+            out = run()
+        return _Replay(recording.parts(), out, (self.memory, *recording.constants))
+
+
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    parts: list[Callable[[], object]]
+    out: Tensor
+    kept: tuple[object, ...]
+    """What else has to outlive it."""
+
+    def __call__(self) -> Tensor:
+        for part in self.parts:
+            part()
+        return self.out
+
+
+class Memory:
+    """Blocks of powers of two of bytes, each free again when the last tensor on it is gone."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[np.ndarray]] = {}
+        self.held = 0
+        """Bytes of all blocks."""
+
+    def empty(self, like: Tensor) -> Tensor:
+        """A tensor of the shape, strides and dtype of another, on a block."""
+        span = 1 + sum((n - 1) * step for n, step in zip(like.shape, like.stride(), strict=True)) if like.numel() else 0
+        if not span:
+            return torch.empty_like(like)
+        size = _LINE
+        while size < span * like.itemsize:
+            size *= 2
+        free = self._free.setdefault(size, [])
+        block = free.pop() if free else self._new(size)
+        used = block[: span * like.itemsize]
+        weakref.finalize(used, free.append, block).atexit = False
+        return torch.frombuffer(used, dtype=like.dtype).as_strided(like.shape, like.stride())
+
+    def _new(self, size: int) -> np.ndarray:
+        memory = np.empty(size + _LINE, np.uint8)
+        self.held += len(memory)
+        begin = -memory.ctypes.data % _LINE
+        return memory[begin : begin + size]
+
+
+class _Recording(TorchDispatchMode):
+    def __init__(self, memory: Memory) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._memory = memory
+        self._steps: list[Call | Callable[[], object]] = []
+        self.constants: list[Tensor] = []
+
+    def note(self, *call: Any) -> None:
+        self._steps.append(call)
+
+    def parts(self) -> list[Callable[[], object]]:
+        """What to call, in order."""
+        parts: list[Callable[[], object]] = []
+        for is_kernel, group in groupby(self._steps, key=lambda step: isinstance(step, tuple)):
+            steps: list[Any] = list(group)
+            parts += [Program(steps)] if is_kernel else steps
+        return parts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        ask = partial(func, *args, **(kwargs or {}))
+        if any(tag in func.tags for tag in _READS):
+            raise RuntimeError(f"{func} reads a tensor's numbers")
+        out = ask()
+        if func in _ALLOCATIONS:
+            return self._memory.empty(out)
+        if func._schema.is_mutable:
+            self._steps.append(ask)
+            return out
+        if func is torch.ops.aten.lift_fresh.default:
+            self.constants.append(out)  # made of Python's numbers: kernels may have its address
+        given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        results = tree_leaves(out)
+        if not all(isinstance(result, Tensor) for result in results):
+            raise RuntimeError(f"{func} reads a tensor's numbers")
+        if all(_storage(result) in given for result in results):
+            return out  # views
+        kept = tree_map(lambda new: self._memory.empty(new).copy_(new), out)
+        self._steps.append(partial(_compute_again, ask, tree_leaves(kept)))
+        return kept
+
+
+def _compute_again(ask: Callable[[], object], kept: Sequence[Tensor]) -> None:
+    for tensor, result in zip(kept, tree_leaves(ask()), strict=True):
+        tensor.copy_(result)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
