@@ -12,6 +12,7 @@ from chorus.engine import engine as engine_room
 from chorus.engine import evaluate as evaluate_room
 from chorus.engine import flight as flight_room
 from chorus.engine import messages as m
+from chorus.engine.evaluate import Launched, launch
 from chorus.engine.layout import Layout
 from chorus.engine.readback import Readback
 from chorus.engine.runner import Runner
@@ -90,7 +91,7 @@ def logprobs(told: Run, request_id: int) -> list[Any]:
     return [pytest.approx(entry.logprob, abs=1e-4) for entries in found for entry in entries]
 
 
-@pytest.mark.parametrize("kinds", [KINDS[:3], KINDS], ids=["plain", "all"])
+@pytest.mark.parametrize("kinds", [KINDS[:4], KINDS], ids=["plain", "all"])
 @pytest.mark.parametrize("limits", [{}, {"kv_blocks": 26}, {"max_rows": 3}], ids=["room", "few pages", "few rows"])
 @pytest.mark.parametrize("seed", range(2))
 def test_tokens_ends_and_failures_are_those_of_steps_one_after_the_other(
@@ -256,3 +257,19 @@ def test_drawing_behind_another_step_looks_at_nothing_on_the_device(
     told = run(make_engine(world.base, max_step_tokens=64, overlap=True), together())
     assert not told.failed
     assert drawn == [1, 29]
+
+
+@pytest.mark.parametrize("kind", KINDS[:4], ids=str)
+def test_whatever_way_a_row_draws_its_steps_overlap(
+    world: TinyWorld, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any]
+) -> None:
+    launched = [0, 0]
+
+    def counted(*arguments: Any) -> Launched:
+        launched[arguments[-1] is not None] += 1
+        return launch(*arguments)
+
+    monkeypatch.setattr(engine_room, "launch", counted)
+    sampling = m.Sampling(20, seed=1, ignore_eos=True, **kind)
+    run(make_engine(world.base, max_step_tokens=64, overlap=True), {0: [m.Submit(0, tuple(PROMPT), sampling)]})
+    assert launched == [1, 19]

@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from chorus.engine import sampler
+from chorus.engine import filters, sampler
 from chorus.engine.messages import Sampling
 from chorus.engine.sampler import NOT_FINITE, sample, uniform
 from chorus.engine.sequence import Sequence
@@ -96,7 +96,7 @@ def test_draws_follow_the_reference_on_cuda(parameters: dict[str, Any]) -> None:
 
 def test_draws_follow_the_reference_however_many_tokens_must_be_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows whose filters keep few tokens, more, and nearly all, in one batch."""
-    monkeypatch.setattr(sampler, "WIDTHS", (4, 32))
+    monkeypatch.setattr(filters, "WIDTHS", (4, 32))
     logits = torch.randn(300, generator=torch.Generator().manual_seed(2)) * 1.3
     kinds: dict[int, dict[str, Any]] = {
         3: {"top_k": 3},

@@ -95,8 +95,14 @@ def test_no_step_that_is_launched_behind_another_waits_for_it(
     monkeypatch.setattr(engine_room, "launch", without_waiting)
     base = save_base(tmp_path / "base", "llama")
     adapter = reference(base, save_adapter(base, tmp_path / "a", 1, r=4))
-    ways: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "min_p": 0.05}]
-    sampling = [m.Sampling(40, seed=i, ignore_eos=True, **ways[i % 3]) for i in range(6)]
+    ways: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 1.0, "min_p": 0.05},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 0.8, "top_k": 20, "top_p": 0.95},
+    ]
+    sampling = [m.Sampling(40, seed=i, ignore_eos=True, **way) for i, way in enumerate(ways)]
     submits: list[m.Command] = [m.Submit(i, tuple(range(3 + i, 12)), way, adapter) for i, way in enumerate(sampling)]
     outputs = []
     for overlap in (False, True):

@@ -6,6 +6,7 @@ One name per operator through specification (`reference`), implementation, test 
 from chorus.kernels.attention_plan import AttentionPlan
 from chorus.kernels.attention_tables import Capacity as AttentionCapacity
 from chorus.kernels.attention_tables import decode_ranges
+from chorus.kernels.filtered_draw import filtered_draw
 from chorus.kernels.head import HeadPlan, head
 from chorus.kernels.low_rank import LowRankPlan, low_rank, low_rank_group
 from chorus.kernels.low_rank_choice import capacity_family as low_rank_family
@@ -53,6 +54,7 @@ __all__ = [
     "SlotSegment",
     "StaticLowRank",
     "decode_ranges",
+    "filtered_draw",
     "gelu_tanh_mul",
     "head",
     "low_rank",

@@ -33,6 +33,7 @@ MODULES = (
     "chorus.kernels.attention_cases",
     "chorus.kernels.pointwise_cases",
     "chorus.kernels.head_cases",
+    "chorus.kernels.filtered_draw_cases",
 )
 PROCESSES = 2
 _MATRIX_INSTRUCTION = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma)")

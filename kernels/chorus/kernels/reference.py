@@ -270,3 +270,26 @@ def packed_attention(
     ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
     rows = [AttentionRow(end - n, end, n, range(end - n, end)) for end, n in zip(ends, lengths, strict=True)]
     return paged_attention(query, key[:, :, None], value[:, :, None], rows, scale=scale, bias=bias, causal=False)
+
+
+def filtered_draw(weights: Tensor, totals: Tensor, top_k: Tensor, top_p: Tensor, noise: Tensor) -> Tensor:
+    """Draws an id for each row of weights [R, V], which need not add up to 1, by its `noise` [R] in [0, 1).
+
+    Likeliest first, of equal weights the smaller id first: `top_k` [R] tokens are kept, all where it is 0, or V or
+    more; then of these, or of a row's `totals` [R] where all are, the shortest run with the share `top_p` [R], in
+    (0, 1], at least one. Drawn is the first of them up to which there is more than the share `noise` of what is kept;
+    -1 where there is nothing, or NaN. Masses are float64, and so are `top_p` and `noise`.
+    """
+    ids = weights.sort(dim=-1, descending=True, stable=True).indices
+    ranked = weights.gather(-1, ids).double()
+    place = torch.arange(weights.shape[-1], device=weights.device)
+    limited = ((top_k > 0) & (top_k < weights.shape[-1]))[:, None]
+    ranked = ranked.masked_fill(limited & (place >= top_k[:, None]), 0)
+    reached = ranked.cumsum(dim=-1)
+    wanted = torch.where(limited, reached[:, -1:], totals[:, None]) * top_p[:, None]
+    ranked = ranked.masked_fill((reached - ranked >= wanted) & (top_p < 1)[:, None], 0)
+    reached = ranked.cumsum(dim=-1)
+    kept = reached[:, -1:]
+    target = torch.minimum(noise[:, None] * kept, torch.nextafter(kept, torch.zeros_like(kept)))
+    drawn = torch.searchsorted(reached, target, right=True).clamp(max=weights.shape[-1] - 1)
+    return torch.where(kept > 0, ids.gather(-1, drawn), -1)[:, 0]

@@ -34,7 +34,7 @@ class Launched:
 
     def __init__(self, layout: Layout, logits: Tensor, tokens: Tensor) -> None:
         self.layout = layout
-        self.drawn = None if _needs_host(layout, logits.shape[-1]) else tokens
+        self.drawn = None if _needs_host(layout) else tokens
         # A graph's logits are its next replay's, so nobody looks at them once the next step is launched.
         self._logits = logits if self.drawn is None else None
         self._tokens = Readback(tokens)
@@ -73,12 +73,10 @@ def launch(runner: Runner, layout: Layout, eos_token_ids: frozenset[int], before
     return Launched(layout, logits, tokens)
 
 
-def _needs_host(layout: Layout, vocabulary: int) -> bool:
+def _needs_host(layout: Layout) -> bool:
     """Whether the step, or one more token of each that samples, takes the host to compute."""
     sequences = [chunk.seq for chunk in layout.sampled]
-    return bool(layout.scored) or any(
-        seq.sampling.logprobs is not None or needs_host(seq, vocabulary) for seq in sequences
-    )
+    return bool(layout.scored) or any(seq.sampling.logprobs is not None or needs_host(seq) for seq in sequences)
 
 
 def _score(logits: Tensor, layout: Layout) -> list[list[TokenLogprob]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from chorus.engine import penalties
-from chorus.engine.filters import keep
+from chorus.engine.filters import draw_kept
 from chorus.engine.inversion import invert
 from chorus.engine.messages import Sampling
 from chorus.engine.sequence import Sequence
@@ -27,11 +27,6 @@ from chorus.kernels.upload import to_device
 GREEDY_TEMPERATURE = 1e-5
 # What `sample` gives for a row whose logits are not finite.
 NOT_FINITE = -1
-# So many tokens of a row are ranked, then more, then all, until none is missing that may be drawn. For 32 rows of
-# 151,936 on 2 cores that takes 3 ms, 11 ms and 220 ms; 256 would take 5 ms, and 0.6 ms instead of 0.1 for 16 of 8,192.
-WIDTHS = (64, 1024)
-# Fewer than all, if all are at least so many times as many: else a sort of them all takes no longer.
-WORTHWHILE = 8
 
 Way = Callable[[Tensor, Seq[Sequence], int], Tensor]
 """How a token is chosen for each row of logits, of sequences that have drawn so many more than are in their output."""
@@ -59,13 +54,12 @@ def draw(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]
     return torch.where(finite, tokens, NOT_FINITE)
 
 
-def needs_host(seq: Sequence, vocabulary: int) -> bool:
+def needs_host(seq: Sequence) -> bool:
     """Whether drawing its next tokens takes more than numbers that are known before.
 
-    What changes logits is counted and uploaded when all tokens so far are known, and how much of the vocabulary a
-    filter has to see ranked is read from the device.
+    What changes logits is counted and uploaded when all tokens so far are known.
     """
-    return penalties.changes_logits(seq) or _way(seq.sampling, vocabulary) is _draw_filtered
+    return penalties.changes_logits(seq)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -109,22 +103,10 @@ def _draw_of_all(logits: Tensor, sequences: Seq[Sequence], ahead: int) -> Tensor
 
 
 def _draw_filtered(logits: Tensor, sequences: Seq[Sequence], ahead: int) -> Tensor:
-    """Ranks a few tokens of each row, and more of those rows whose filters keep more."""
-    device, vocabulary = logits.device, logits.shape[-1]
+    device = logits.device
     weights, noise = _weights(logits, sequences), _noise(sequences, ahead, device)
-    top_k = torch.tensor([seq.sampling.top_k for seq in sequences], device=device)
-    top_p = _column([seq.sampling.top_p for seq in sequences], device)
-    tokens = torch.full((len(sequences),), NOT_FINITE, device=device)
-    rows = torch.arange(len(sequences), device=device)
-    for width in (*(width for width in WIDTHS if width <= vocabulary // WORTHWHILE), vocabulary):
-        kept = keep(weights, top_k, top_p, width)
-        place = invert(kept.weights, noise)
-        tokens[rows] = torch.where(place >= 0, kept.ids.gather(-1, place.clamp(min=0)[:, None])[:, 0], NOT_FINITE)
-        rest = (~kept.complete).nonzero()[:, 0]
-        if not len(rest):
-            break
-        weights, noise, top_k, top_p, rows = weights[rest], noise[rest], top_k[rest], top_p[rest], rows[rest]
-    return tokens
+    top_k = _on_device([seq.sampling.top_k for seq in sequences], torch.int64, device)
+    return draw_kept(weights, top_k, _column([seq.sampling.top_p for seq in sequences], device), noise)
 
 
 def _weights(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
