@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from chorus.engine import filters
+from chorus.engine.logprobs import Logprobs, Wanted
 from chorus.engine.messages import Sampling
 from chorus.engine.sampler import draw
 from chorus.engine.sequence import Sequence
@@ -29,6 +30,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "top_p": {"top_p": 0.9},
     "top_k": {"top_k": 40},
     "both": {"top_k": 40, "top_p": 0.9, "min_p": 0.01},
+    "logit_bias": {"logit_bias": ((3, 2.0), (4, -1.0))},
+    "penalties": {"presence_penalty": 0.5, "frequency_penalty": 0.3, "repetition_penalty": 1.2},
+    "min_tokens": {"min_tokens": 9, "stop_token_ids": frozenset({7})},
+    "greedy with penalties": {"temperature": 0.0, "repetition_penalty": 1.2},
 }
 
 
@@ -63,7 +68,7 @@ def draw_on_a_device(ways: list[dict[str, Any]]) -> torch.Tensor:
     sequences = [Sequence(i, (1, 2), Sampling(99, seed=i, **way), output=[3]) for i, way in enumerate(ways)]
     logits = torch.empty(len(ways), 500, dtype=torch.bfloat16, device=META)
     with not_waiting():
-        return draw(logits, sequences, frozenset({0}), ahead=1)
+        return draw(logits, sequences, frozenset({0}), torch.empty(len(ways), dtype=torch.int64, device=META))
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +83,13 @@ def test_no_way_to_draw_reads_from_the_device(way: dict[str, Any]) -> None:
 
 def test_nor_do_all_of_them_in_one_batch() -> None:
     assert draw_on_a_device([*WAYS.values(), *WAYS.values()]).shape == (2 * len(WAYS),)
+
+
+@pytest.mark.parametrize("most", [0, 5, 500])
+def test_nor_does_whoever_computes_log_probabilities(most: int) -> None:
+    logits, tokens = torch.empty(4, 500, device=META), torch.empty(2, dtype=torch.int64, device=META)
+    with not_waiting():
+        Logprobs(logits, [Wanted(1, 0, most), Wanted(3, 0, 0)], tokens)
 
 
 def test_a_look_at_the_device_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,6 @@ from support.tiny import VOCAB, solo_logits
 from support.worlds import TinyWorld
 
 NEW = 10
-TOLD = m.TokenLogprob(-1.0)
 NO_EOS: frozenset[int] = frozenset()
 ASKED: list[dict[str, Any]] = [
     {"logprobs": 5, "prompt_logprobs": 3},
@@ -129,15 +128,23 @@ def told(chunks: list[Chunk]) -> list[list[m.TokenLogprob]]:
     return [chunk.seq.prompt_logprobs for chunk in chunks]
 
 
+@pytest.mark.parametrize(
+    ("name", "failing"),
+    [
+        ("logprobs_of", Mock(side_effect=ZeroDivisionError)),
+        ("Logprobs", Mock(return_value=Mock(read=Mock(side_effect=ZeroDivisionError)))),
+    ],
+    ids=["of the prompts", "of the tokens"],
+)
 def test_a_step_that_failed_has_changed_nothing_and_its_halves_say_what_it_would_have(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, name: str, failing: Mock
 ) -> None:
     table, whole, halves = Table(), some_chunks(), some_chunks()
     expected = table.evaluate(whole)
     assert [len(entries) for entries in told(whole)] == [5, 7, 8, 0]
     assert set(expected) == {(1, 0), (3, 0)}
     with monkeypatch.context() as broken:
-        broken.setattr(room, "logprobs_of", Mock(side_effect=[[TOLD] * 20, ZeroDivisionError]))
+        broken.setattr(room, name, failing)
         with pytest.raises(ZeroDivisionError):
             table.evaluate(halves)
     assert told(halves) == [[], [], [], []]

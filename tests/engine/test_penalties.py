@@ -89,6 +89,30 @@ def test_an_output_followed_step_by_step_is_penalised_as_one_that_is_counted_ane
         followed.output.append(int(torch.randint(16, (), generator=generator)))
 
 
+@given(
+    st.lists(st.tuples(TOKENS, TOKENS, st.integers(0, 15)), min_size=1, max_size=4),
+    st.sampled_from([0.0, 0.7]), st.sampled_from([0.0, 0.3]), st.sampled_from([1.0, 1.2]), st.integers(0, 31),
+)  # fmt: skip
+def test_a_token_that_is_on_the_device_alone_counts_as_one_of_the_output(
+    rows: list[tuple[list[int], list[int], int]], presence: float, frequency: float, repetition: float, minimum: int
+) -> None:
+    """Whether it is new, in the prompt or in the output already; beside a row that asks for nothing."""
+    asked: dict[str, Any] = {
+        "presence_penalty": presence,
+        "frequency_penalty": frequency,
+        "repetition_penalty": repetition,
+        "min_tokens": minimum,
+        "logit_bias": ((2, 1.5),),
+    }
+    logits = torch.randn(len(rows) + 1, 16, generator=torch.Generator().manual_seed(4))
+    plain, pending = sequence([1], [2]), torch.tensor([5, *(token for _, _, token in rows)])
+    known = [plain, *(sequence(prompt, [*output, token], **asked) for prompt, output, token in rows)]
+    behind = [plain, *(sequence(prompt, output, **asked) for prompt, output, _ in rows)]
+    got = logits.clone()
+    penalties.apply(got, behind, EOS, pending)
+    assert torch.equal(got, applied(logits, known))
+
+
 def test_what_was_impossible_stays_so_and_what_was_finite_does_not_overflow() -> None:
     inf = float("inf")
     logits = torch.tensor([[-inf, -3.0, 3.0, 0.0]] * 2)

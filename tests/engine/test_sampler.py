@@ -19,7 +19,7 @@ from transformers import (
 
 from chorus.engine import filters, sampler
 from chorus.engine.messages import Sampling
-from chorus.engine.sampler import NOT_FINITE, sample, uniform
+from chorus.engine.sampler import NOT_FINITE, draw, sample, uniform
 from chorus.engine.sequence import Sequence
 from support.reference_sampler import chi_squared, distribution
 
@@ -224,6 +224,15 @@ def test_a_row_gives_the_same_token_in_any_batch(dtype: torch.dtype) -> None:
     assert together == [sample(logits[i : i + 1], [seqs[i]], EOS)[0] for i in range(16)]
     backwards = sample(logits.flip(0), seqs[::-1], EOS)
     assert together == backwards[::-1]
+
+
+def test_a_token_that_is_on_the_device_alone_is_as_good_as_one_of_the_output() -> None:
+    logits = torch.randn(17, 2100, generator=torch.Generator().manual_seed(6))
+    kinds = [*ALONE.values(), *COMBINED.values(), {"temperature": 0.0}, {"temperature": 0.0, "min_tokens": 6}]
+    pending = list(range(2, 2 + len(kinds)))
+    known = [sequence(PROMPT, [*OUTPUT, token], **kind) for kind, token in zip(kinds, pending, strict=True)]
+    behind = [sequence(PROMPT, OUTPUT, **kind) for kind in kinds]
+    assert draw(logits, behind, EOS, torch.tensor(pending)).tolist() == sample(logits, known, EOS)
 
 
 def test_logits_are_left_as_the_model_gave_them() -> None:

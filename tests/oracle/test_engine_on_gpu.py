@@ -101,6 +101,8 @@ def test_no_step_that_is_launched_behind_another_waits_for_it(
         {"temperature": 1.0, "min_p": 0.05},
         {"temperature": 1.0, "top_p": 0.9},
         {"temperature": 0.8, "top_k": 20, "top_p": 0.95},
+        {"temperature": 1.0, "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+        {"temperature": 0.0, "logit_bias": ((5, 2.0),), "min_tokens": 20, "logprobs": 5},
     ]
     sampling = [m.Sampling(40, seed=i, ignore_eos=True, **way) for i, way in enumerate(ways)]
     submits: list[m.Command] = [m.Submit(i, tuple(range(3 + i, 12)), way, adapter) for i, way in enumerate(sampling)]

@@ -4,18 +4,21 @@
 that failed can be run again, whole or in parts, with the same result.
 """
 
+from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from chorus.engine.graphs import carry
 from chorus.engine.layout import Layout
-from chorus.engine.logprobs import Wanted, is_finite, logprobs_of
+from chorus.engine.logprobs import Logprobs, Wanted, is_finite, logprobs_of
 from chorus.engine.messages import TokenLogprob
 from chorus.engine.readback import Readback
 from chorus.engine.runner import Runner
-from chorus.engine.sampler import NOT_FINITE, draw, needs_host
+from chorus.engine.sampler import NOT_FINITE, draw
 from chorus.engine.sequence import Key
+from chorus.kernels.upload import to_device
 
 
 class Drawn(NamedTuple):
@@ -29,15 +32,18 @@ class Launched:
     """A step that has been given to the device. `read` waits for it.
 
     `drawn` [S] are the tokens of `layout.sampled` on the device, for the rows of the next step; None where that can not
-    be laid out before this one is read, because the host has a part in it.
+    be laid out before this one is read, because its logits are read too.
     """
 
     def __init__(self, layout: Layout, logits: Tensor, tokens: Tensor) -> None:
         self.layout = layout
-        self.drawn = None if _needs_host(layout) else tokens
+        self.drawn = None if layout.scored else tokens
         # A graph's logits are its next replay's, so nobody looks at them once the next step is launched.
-        self._logits = logits if self.drawn is None else None
-        self._tokens = Readback(tokens)
+        self._logits = logits if layout.scored else None
+        sampling = [chunk.seq.sampling for chunk in layout.sampled]
+        self._asking = [i for i, asked in enumerate(sampling) if asked.logprobs is not None]
+        self._logprobs = _of_tokens(logits, tokens, layout, self._asking) if self._asking else None
+        self._tokens: Readback[int] = Readback(tokens)
 
     def read(self) -> dict[Key, Drawn]:
         """What each sequence that samples has drawn; adds to `prompt_logprobs` what was scored.
@@ -48,35 +54,37 @@ class Launched:
         Raises whatever the device raises; `prompt_logprobs` are as they were then.
         """
         tokens = self._tokens.read()
-        if self._logits is None:
-            return {chunk.seq.key: Drawn(token, None) for chunk, token in zip(self.layout.sampled, tokens, strict=True)}
-        scores = _score(self._logits, self.layout)
-        drawn = _with_logprobs(self._logits, tokens, self.layout)
+        logprobs = dict(zip(self._asking, self._logprobs.read(), strict=True)) if self._logprobs else {}
+        drawn = {
+            chunk.seq.key: Drawn(token, logprobs.get(i) if token != NOT_FINITE else None)
+            for i, (chunk, token) in enumerate(zip(self.layout.sampled, tokens, strict=True))
+        }
+        if self._logits is not None:
+            drawn |= self._add_scores(_score(self._logits, self.layout))
+        return drawn
+
+    def _add_scores(self, scores: Seq[list[TokenLogprob]]) -> dict[Key, Drawn]:
+        """Tells the sequences theirs, and gives those that have a row which is not finite."""
+        broken = {}
         for scored, logprobs in zip(self.layout.scored, scores, strict=True):
             if is_finite(logprobs):
                 scored.seq.prompt_logprobs += logprobs
             else:
-                drawn[scored.seq.key] = Drawn(NOT_FINITE, None)
-        return drawn
+                broken[scored.seq.key] = Drawn(NOT_FINITE, None)
+        return broken
 
 
 @torch.inference_mode()
 def launch(runner: Runner, layout: Layout, eos_token_ids: frozenset[int], before: Launched | None = None) -> Launched:
-    """Computes all rows of a step and draws a token for each that samples, as far as that goes without waiting.
+    """Computes all rows of a step and draws a token for each that samples, without waiting for the device.
 
     `before` is the step that the layout's `carried` tokens are drawn in. Raises whatever the forward pass raises.
     """
     drawn = before.drawn if before else None
     logits = runner.forward(layout, drawn)
-    sequences = [chunk.seq for chunk in layout.sampled]
-    tokens = draw(_sampled_rows(logits, layout), sequences, eos_token_ids, ahead=int(drawn is not None))
+    pending = None if drawn is None else carry(drawn, _index(layout.carried, logits.device))
+    tokens = draw(_sampled_rows(logits, layout), [chunk.seq for chunk in layout.sampled], eos_token_ids, pending)
     return Launched(layout, logits, tokens)
-
-
-def _needs_host(layout: Layout) -> bool:
-    """Whether the step, or one more token of each that samples, takes the host to compute."""
-    sequences = [chunk.seq for chunk in layout.sampled]
-    return bool(layout.scored) or any(seq.sampling.logprobs is not None or needs_host(seq) for seq in sequences)
 
 
 def _score(logits: Tensor, layout: Layout) -> list[list[TokenLogprob]]:
@@ -94,15 +102,16 @@ def _score(logits: Tensor, layout: Layout) -> list[list[TokenLogprob]]:
     return [[next(entries) for _ in scored.positions] for scored in layout.scored]
 
 
-def _with_logprobs(logits: Tensor, tokens: list[int], layout: Layout) -> dict[Key, Drawn]:
-    sequences = [chunk.seq for chunk in layout.sampled]
-    asking = [i for i, seq in enumerate(sequences) if seq.sampling.logprobs is not None and tokens[i] != NOT_FINITE]
-    wanted = [Wanted(layout.sampled_at[i], tokens[i], sequences[i].sampling.logprobs or 0) for i in asking]
-    logprobs = dict(zip(asking, logprobs_of(logits, wanted), strict=True))
-    return {seq.key: Drawn(tokens[i], logprobs.get(i)) for i, seq in enumerate(sequences)}
+def _of_tokens(logits: Tensor, tokens: Tensor, layout: Layout, asking: Seq[int]) -> Logprobs:
+    """Of the tokens that are drawn, for those of `layout.sampled` that ask."""
+    theirs = tokens.index_select(0, _index(asking, tokens.device)).clamp(min=0)  # NOT_FINITE is told of otherwise
+    wanted = [Wanted(layout.sampled_at[i], 0, layout.sampled[i].seq.sampling.logprobs or 0) for i in asking]
+    return Logprobs(logits, wanted, theirs)
 
 
 def _sampled_rows(logits: Tensor, layout: Layout) -> Tensor:
-    if not layout.scored:
-        return logits
-    return logits.index_select(0, torch.tensor(layout.sampled_at, dtype=torch.int64, device=logits.device))
+    return logits.index_select(0, _index(layout.sampled_at, logits.device)) if layout.scored else logits
+
+
+def _index(places: Seq[int], device: torch.device) -> Tensor:
+    return to_device(torch.tensor(places, dtype=torch.int64), device)

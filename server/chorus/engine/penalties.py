@@ -5,6 +5,16 @@ prompt or output; then the frequency penalty is taken off for each time that a t
 penalty once. Greedy rows are changed alike.
 
 Works on the few (row, token) pairs that are concerned, all rows at once; the rest of the vocabulary is not read.
+
+Counts are the host's (`chorus.engine.token_counts`) and are uploaded for each step. Behind a step that has not been
+read they lack its token, `pending`, which is on the device: it is counted there.
+
+    uploaded   token    7  11  13   5              pending 11
+               count    0   0   2   1
+    counted    token    7  11  13   5 | 11         a pair for the pending token, whether it is among the others or not;
+               count    0   1   2   1 |  1         where it is, both pairs say the same
+
+Nothing here waits for the device.
 """
 
 from collections.abc import Sequence as Seq
@@ -16,23 +26,33 @@ from torch import Tensor
 from chorus.engine.messages import Sampling
 from chorus.engine.sequence import Sequence
 from chorus.engine.token_counts import TokenCounts
+from chorus.kernels.upload import to_device
 
 
-def changes_logits(seq: Sequence) -> bool:
-    """Whether this sequence's next token depends on anything but the model's own logits."""
+def changes_logits(seq: Sequence, ahead: int = 0) -> bool:
+    """Whether its next token, `ahead` tokens after those of its output, depends on more than the model's own logits."""
     sampling = seq.sampling
-    return bool(sampling.logit_bias) or _penalises(sampling) or len(seq.output) < sampling.min_tokens
+    return bool(sampling.logit_bias) or _penalises(sampling) or _bans(seq, ahead)
 
 
-def apply(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> None:
-    """Changes float32 logits [S, V] in place, row i as `sequences[i]` asks. Finite ones stay finite or become -inf."""
+def apply(
+    logits: Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int], pending: Tensor | None = None
+) -> None:
+    """Changes float32 logits [S, V] in place, row i as `sequences[i]` asks. Finite ones stay finite or become -inf.
+
+    `pending` [S] are the tokens that each has drawn since, if they are not in the outputs yet.
+    """
     _add_bias(logits, sequences)
-    _penalise(logits, sequences)
-    _ban_early_stops(logits, sequences, eos_token_ids)
+    _penalise(logits, sequences, pending)
+    _ban_early_stops(logits, sequences, eos_token_ids, ahead=int(pending is not None))
 
 
 def _penalises(sampling: Sampling) -> bool:
     return sampling.presence_penalty != 0 or sampling.frequency_penalty != 0 or sampling.repetition_penalty != 1
+
+
+def _bans(seq: Sequence, ahead: int) -> bool:
+    return len(seq.output) + ahead < seq.sampling.min_tokens
 
 
 def _add_bias(logits: Tensor, sequences: Seq[Sequence]) -> None:
@@ -45,29 +65,42 @@ def _add_bias(logits: Tensor, sequences: Seq[Sequence]) -> None:
         logits.index_put_(at, _upload(biases.astype(np.float32), logits), accumulate=True)
 
 
-def _penalise(logits: Tensor, sequences: Seq[Sequence]) -> None:
+def _penalise(logits: Tensor, sequences: Seq[Sequence], pending: Tensor | None) -> None:
     rows = [row for row, seq in enumerate(sequences) if _penalises(seq.sampling)]
     if not rows:
         return
     counts = [_counts(sequences[row]) for row in rows]
     sizes = [len(c.ids) for c in counts]
+    # Behind all the others, a pair for each row's pending token.
+    pairs_of = np.concatenate([np.repeat(rows, sizes), rows if pending is not None else []]).astype(np.int64)
 
     def spread(name: str) -> Tensor:
-        values = np.array([getattr(sequences[row].sampling, name) for row in rows], dtype=np.float64)
-        return _upload(np.repeat(values, sizes), logits)
+        values = np.array([getattr(seq.sampling, name) for seq in sequences], dtype=np.float64)
+        return _upload(values, logits)[row]
 
-    at = _upload(np.repeat(rows, sizes), logits), _upload(np.concatenate([np.array(c.ids) for c in counts]), logits)
+    row = _upload(pairs_of, logits)
+    token = _upload(np.concatenate([np.array(c.ids) for c in counts]), logits)
     count = _upload(np.concatenate([np.array(c.counts) for c in counts]), logits)
+    if pending is not None:
+        token, count = _with_pending(row, token, count, pending)
     repetition = spread("repetition_penalty")
-    before = logits[at]
+    before = logits[row, token]
     after = torch.where(before > 0, before / repetition, before * repetition)
     after -= spread("frequency_penalty") * count + spread("presence_penalty") * (count > 0)
     largest = torch.finfo(logits.dtype).max  # a huge penalty must not make a good row look broken
-    logits[at] = torch.where(before.isinf(), before, after.clamp(-largest, largest).to(logits.dtype))
+    logits[row, token] = torch.where(before.isinf(), before, after.clamp(-largest, largest).to(logits.dtype))
+
+
+def _with_pending(row: Tensor, token: Tensor, count: Tensor, pending: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and counts of the pairs, those of `row` [P] that are more than `token` has being the pending tokens'."""
+    known, own = len(token), pending[row]
+    is_pending = (token == own[:known]).long()
+    counted = torch.zeros_like(pending).index_add_(0, row[:known], is_pending * count)
+    return torch.cat((token, own[known:])), torch.cat((count + is_pending, counted[row[known:]] + 1))
 
 
 def _upload(values: np.ndarray, beside: Tensor) -> Tensor:
-    return torch.from_numpy(values).to(beside.device)
+    return to_device(torch.from_numpy(values), beside.device)
 
 
 def _counts(seq: Sequence) -> TokenCounts:
@@ -78,14 +111,15 @@ def _counts(seq: Sequence) -> TokenCounts:
     return seq.counts
 
 
-def _ban_early_stops(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int]) -> None:
+def _ban_early_stops(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int], ahead: int) -> None:
     """Rows under their min_tokens can not draw what would end them."""
     bans = [
         (row, token)
         for row, seq in enumerate(sequences)
-        if len(seq.output) < seq.sampling.min_tokens
+        if _bans(seq, ahead)
         for token in eos_token_ids | seq.sampling.stop_token_ids
     ]
     if bans:
-        rows, tokens = zip(*bans, strict=True)
-        logits[torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device)] = float("-inf")
+        rows, tokens = np.array(bans, dtype=np.int64).T.copy()
+        nothing = torch.full((), float("-inf"), dtype=logits.dtype, device=logits.device)
+        logits.index_put_((_upload(rows, logits), _upload(tokens, logits)), nothing)

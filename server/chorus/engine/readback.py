@@ -1,11 +1,15 @@
 """From the device to the host, beside whatever the device is given meanwhile."""
 
+from typing import Generic, TypeVar
+
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 
-class Readback:
-    """A device's integers on their way to the host, from the moment that the device has them."""
+
+class Readback(Generic[T]):
+    """A device's numbers on their way to the host, from the moment that the device has them: a list of T."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._host = tensor
@@ -17,9 +21,9 @@ class Readback:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def read(self) -> list[int]:
+    def read(self) -> list[T]:
         """Waits for them, and for nothing that the device was given later."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        values: list[int] = self._host.tolist()
+        values: list[T] = self._host.tolist()
         return values

@@ -5,7 +5,7 @@ Order: logit_bias, penalties, min_tokens' bans (`chorus.engine.penalties`), temp
 batch; it is made on the host, so it needs no generator state and survives preemption. A token is drawn by inverting the
 cumulative distribution there (`chorus.engine.inversion`).
 
-The host waits for the device only where a row `needs_host`.
+On a device nothing here waits for it.
 """
 
 import hashlib
@@ -39,27 +39,24 @@ def sample(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[in
 
 
 @torch.inference_mode()
-def draw(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int], *, ahead: int = 0) -> Tensor:
+def draw(
+    logits: Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int], pending: Tensor | None = None
+) -> Tensor:
     """The next token [S] of each row of logits [S, V]; NOT_FINITE where a row holds NaN, infinity or nothing to draw.
 
-    `ahead` is how many tokens each sequence has drawn that are not in its output yet: 0 if any row needs the host.
+    `pending` [S] are the tokens that a step before has drawn for each, if that has not been read: then they are not in
+    the sequences' outputs yet.
     """
     best, tokens = logits.max(dim=-1)
     finite = torch.isfinite(best)
-    others = [i for i, seq in enumerate(sequences) if not _is_likeliest(seq)]
+    ahead = int(pending is not None)
+    others = [i for i, seq in enumerate(sequences) if not _is_likeliest(seq, ahead)]
     if others:
         index = _on_device(others, torch.int64, logits.device)
-        rows = logits.index_select(0, index).float()
-        tokens = tokens.index_copy(0, index, _choose(rows, [sequences[i] for i in others], eos_token_ids, ahead))
+        rows, chosen = logits.index_select(0, index).float(), [sequences[i] for i in others]
+        penalties.apply(rows, chosen, eos_token_ids, None if pending is None else pending.index_select(0, index))
+        tokens = tokens.index_copy(0, index, _choose(rows, chosen, ahead))
     return torch.where(finite, tokens, NOT_FINITE)
-
-
-def needs_host(seq: Sequence) -> bool:
-    """Whether drawing its next tokens takes more than numbers that are known before.
-
-    What changes logits is counted and uploaded when all tokens so far are known.
-    """
-    return penalties.changes_logits(seq)
 
 
 def uniform(seed: int, position: int) -> float:
@@ -68,14 +65,13 @@ def uniform(seed: int, position: int) -> float:
     return float(int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _is_likeliest(seq: Sequence) -> bool:
+def _is_likeliest(seq: Sequence, ahead: int) -> bool:
     """Whether its token is just the model's likeliest."""
-    return seq.sampling.temperature <= GREEDY_TEMPERATURE and not penalties.changes_logits(seq)
+    return seq.sampling.temperature <= GREEDY_TEMPERATURE and not penalties.changes_logits(seq, ahead)
 
 
-def _choose(logits: Tensor, sequences: Seq[Sequence], eos_token_ids: frozenset[int], ahead: int) -> Tensor:
+def _choose(logits: Tensor, sequences: Seq[Sequence], ahead: int) -> Tensor:
     """The next token of each row of float32 logits [S, V], which it changes; NOT_FINITE where nothing is left."""
-    penalties.apply(logits, sequences, eos_token_ids)
     ways: dict[Way, list[int]] = {}
     for row, seq in enumerate(sequences):
         ways.setdefault(_way(seq.sampling, logits.shape[-1]), []).append(row)
