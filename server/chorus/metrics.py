@@ -188,7 +188,9 @@ class Metrics:
             counter.labels("device")
         self._steps = self._counter("chorus_engine_steps_total", "Forward passes.")
         self._launches = self._counter(
-            "chorus_graph_steps_total", "Forward passes where decode steps are recorded, by how they were launched.", "how"
+            "chorus_graph_steps_total",
+            "Forward passes where steps are recorded, by how they were launched.",
+            "how",
         )
         for how in Launch:
             self._launches.labels(how.value)

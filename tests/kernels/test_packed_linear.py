@@ -7,6 +7,7 @@ import torch
 
 from chorus.kernels import PackedWeight, reference
 from chorus.kernels.native import packed_linear as native
+from chorus.kernels.native.vectors import cpu_has_them
 from support.rows import noise
 
 # Rows of one tile, of several, of the kernel's most and of more; columns and depths that fill panels and that do not.
@@ -90,7 +91,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 # Of the compiled kernel alone: where the CPU has not its instruction, it is never asked.
 
-here = pytest.mark.parametrize("packs", [True] if native.runs_here() else [])
+here = pytest.mark.parametrize("packs", [True] if cpu_has_them() else [])
 
 
 def test_the_kernel_reads_what_onednn_packs_wherever_it_runs() -> None:
@@ -98,7 +99,7 @@ def test_the_kernel_reads_what_onednn_packs_wherever_it_runs() -> None:
         weight = made(1, n, k)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
         readable = native.address_of(packed, weight) is not None
-        assert readable == (native.runs_here() and k % 2 == 0)
+        assert readable == (cpu_has_them() and k % 2 == 0)
 
 
 def test_a_layout_that_is_not_the_kernels_is_left_to_onednn() -> None:

@@ -54,7 +54,7 @@ class LowRankPlan:
         self.device = device
         self.needs = needs_of(segments)
         self.segments = tuple(segments)
-        self.on_cpu = on_cpu or CpuSegments.of(self.segments) if is_cpu else None
+        self.on_cpu = on_cpu or CpuSegments(self.segments) if is_cpu else None
         self.vector_rows = VectorRows.of(self.segments) if is_cpu else None
         self.tables = None
         if on_triton:

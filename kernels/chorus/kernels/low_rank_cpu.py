@@ -1,9 +1,10 @@
-"""`low_rank` on a CPU: segments of few rows are work items of one compiled kernel (`native.low_rank`), all sites that
-read the same x in one call; a segment with enough rows (prefill) to fill GEMMs of its own gets them from torch.
+"""`low_rank` on a CPU: segments are work items of one compiled kernel (`native.low_rank`), all sites that read the same
+x in one call. Where that has no tiles, a segment with enough rows (prefill) to fill GEMMs of its own gets torch's.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,28 +16,57 @@ from chorus.kernels.types import Activation, Epilogue, LowRankSegment, RankPool
 if TYPE_CHECKING:
     from chorus.kernels.native.low_rank import ShortSegments
 
-# From this many rows on a segment gets GEMMs of its own. The kernel's time over theirs (2 cores, K = 1024, N = 1024 and
-# 2816, rank 16, 1 and 4 segments, bf16): 0.2 to 0.5 at 16 rows, 0.3 to 0.5 at 32, 0.4 to 0.9 at 64, 0.8 to 1.5 at 128.
+# From this many rows on a segment gets GEMMs of its own, without tiles. The kernel's time over theirs (2 cores,
+# K = 1024, N = 1024 and 2816, rank 16, 1 and 4 segments): 0.2 to 0.5 at 16 rows, 0.4 to 0.9 at 64, 0.8 to 1.5 at 128.
+# With tiles it is 0.15 at 8 segments of 64 rows, and 1 at 512 rows of one adapter of rank 64.
 LONG_SEGMENT_ROWS = 64
 
 
-class CpuSegments(NamedTuple):
-    """A batch's segments by who computes them."""
+class Shared(NamedTuple):
+    """Segments by who computes them."""
 
     short: "ShortSegments | None"
-    long: tuple["LongSegment", ...]
+    long: tuple["LongSegment", ...] = ()
 
-    @classmethod
-    def of(cls, segments: Sequence[LowRankSegment]) -> "CpuSegments":
+
+class CpuSegments:
+    """A batch's segments, shared out once it is known of which dtype the pools are."""
+
+    def __init__(self, segments: Sequence[LowRankSegment]) -> None:
+        self._used = [s for s in segments if s.start < s.end and s.pool_rows]
+
+    def shared_out(self, dtype: torch.dtype) -> Shared:
+        from chorus.kernels.native.low_rank import has_tiles  # numba is not everywhere
+
+        return self._all_native if has_tiles(dtype) else self._by_length
+
+    @cached_property
+    def _all_native(self) -> Shared:
+        return self._shared(self._used, ())
+
+    @cached_property
+    def _by_length(self) -> Shared:
+        long = [s for s in self._used if s.end - s.start >= LONG_SEGMENT_ROWS]
+        return self._shared([s for s in self._used if s.end - s.start < LONG_SEGMENT_ROWS], long)
+
+    @staticmethod
+    def _shared(short: Sequence[LowRankSegment], long: Sequence[LowRankSegment]) -> Shared:
         from chorus.kernels.native.low_rank import ShortSegments
 
-        used = [s for s in segments if s.start < s.end and s.pool_rows]
-        short = [s for s in used if s.end - s.start < LONG_SEGMENT_ROWS]
-        long = [s for s in used if s.end - s.start >= LONG_SEGMENT_ROWS]
-        return cls(
+        return Shared(
             ShortSegments.of(short) if short else None,
             tuple(LongSegment(s.start, s.end - s.start, _PoolRows.of(s.pool_rows), s.activation) for s in long),
         )
+
+
+class StaticSegments(CpuSegments):
+    """Segments that are written anew, all for the compiled kernel."""
+
+    def __init__(self, short: "ShortSegments") -> None:
+        self._static = Shared(short)
+
+    def shared_out(self, dtype: torch.dtype) -> Shared:
+        return self._static
 
 
 class CpuSite(NamedTuple):
@@ -52,11 +82,12 @@ def low_rank_on_cpu(x: Tensor, sites: Sequence[CpuSite]) -> None:
     """Adds all segments' deltas to y at sites that read the same x. Its arguments are not checked."""
     from chorus.kernels.native import low_rank as native
 
-    short = [native.NativeSite(y, pool, of.short, bias) for y, pool, of, bias in sites if of.short is not None]
+    shared = [(site, site.segments.shared_out(site.pool.a.dtype)) for site in sites]
+    short = [native.NativeSite(y, pool, of.short, bias) for (y, pool, _, bias), of in shared if of.short is not None]
     if short:
         native.low_rank(x, short)
-    for y, pool, segments, bias in sites:
-        for segment in segments.long:
+    for (y, pool, _, bias), of in shared:
+        for segment in of.long:
             segment.add(y, x, pool, bias)
 
 

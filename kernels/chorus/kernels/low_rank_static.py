@@ -11,7 +11,7 @@ from torch import Tensor
 
 from chorus.kernels.dispatch import runs_triton
 from chorus.kernels.low_rank import LowRankPlan
-from chorus.kernels.low_rank_cpu import CpuSegments
+from chorus.kernels.low_rank_cpu import StaticSegments
 from chorus.kernels.low_rank_tables import Capacity, StaticTables, check_capacity
 from chorus.kernels.types import LowRankSegment
 
@@ -20,13 +20,13 @@ class StaticLowRank:
     """Plans of `count` sites, of no segments at first. `triton` says whether Triton runs (on CUDA if None)."""
 
     def __init__(self, count: int, capacity: Capacity, device: torch.device, *, triton: bool | None = None) -> None:
-        self._tables: StaticTables | _StaticSegments
+        self._tables: StaticTables | _CpuTables
         if runs_triton(device, triton):
             tables = self._tables = StaticTables(count, capacity, device)
             self.plans = [LowRankPlan((), device, triton=True, tables=own) for own in tables.tables]
         else:
-            segments = self._tables = _StaticSegments(count, capacity)
-            self.plans = [LowRankPlan((), device, triton=False, on_cpu=own) for own in segments.sites]
+            cpu = self._tables = _CpuTables(count, capacity)
+            self.plans = [LowRankPlan((), device, triton=False, on_cpu=own) for own in cpu.sites]
 
     def rewrite(self, batches: Sequence[Sequence[LowRankSegment]], batch_of: Sequence[int]) -> None:
         """Site i gets batches[batch_of[i]], on the current stream and without waiting.
@@ -37,7 +37,7 @@ class StaticLowRank:
         self._tables.rewrite(batches, batch_of)
 
 
-class _StaticSegments:
+class _CpuTables:
     """The same as `StaticTables`, as a CPU's kernel reads them."""
 
     def __init__(self, count: int, capacity: Capacity) -> None:
@@ -47,7 +47,7 @@ class _StaticSegments:
         self._width = ShortSegments.most_numbers(capacity.rows, capacity.rank)
         self._memory = torch.zeros(count, self._width, dtype=torch.int32)
         self._short = [ShortSegments(0, own) for own in self._memory]
-        self.sites = [CpuSegments(short, ()) for short in self._short]
+        self.sites = [StaticSegments(short) for short in self._short]
 
     def rewrite(self, batches: Sequence[Sequence[LowRankSegment]], batch_of: Sequence[int]) -> None:
         made, hosts = [], []

@@ -1,4 +1,4 @@
-"""`low_rank` for segments of few rows on a CPU: a work item is up to `ROWS` rows of one segment, at one site.
+"""`low_rank` on a CPU: a work item is up to `ROWS` rows of one segment, at one site.
 
     x's rows, widened once                                                 -> xs [rows, K], float32
     for each 4 rank rows of A    products with xs                          -> middle [rows, ranks]
@@ -8,6 +8,8 @@
                                  rounded once                              -> y
 
 A and B are read where they lie, once for all rows of an item; the 4 rank rows that come next are fetched meanwhile.
+In bfloat16, where the CPU multiplies such numbers, several rows are done in tiles (`rank_tiles`): 8 segments of 64 rows
+take 12 ms instead of 55 at the 84 linears of a 144M Llama, and 75 with torch's GEMMs.
 """
 # numba compiles what it sees, whatever the types say.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -24,7 +26,17 @@ from numba import carray
 from torch import Tensor
 
 from chorus.kernels.native.numbers import HELD_AS, INLINE, OPTIONS, exp, narrow, pointer, prefetch, take_ticket, wide
+from chorus.kernels.native.rank_tiles import (
+    EXPAND_COLUMNS,
+    EXPAND_ROWS,
+    SHRINK_RANKS,
+    SHRINK_ROWS,
+    SHRINK_STEP,
+    expand_tile,
+    shrink_tile,
+)
 from chorus.kernels.native.team import EDITION, Compiled
+from chorus.kernels.native.vectors import cpu_has_them
 from chorus.kernels.types import Activation, LowRankSegment, RankPool
 
 ROWS = 8
@@ -84,6 +96,12 @@ def low_rank(x: Tensor, sites: Sequence[NativeSite]) -> None:
     _kernel(HELD_AS[a.dtype])(items, x, int(x.dim() == 1), a.shape[1], len(sites), *numbers)
 
 
+@cache
+def has_tiles(dtype: torch.dtype) -> bool:
+    """Whether long segments are done as fast as by GEMMs."""
+    return dtype == torch.bfloat16 and cpu_has_them()
+
+
 def prepare(dtype: torch.dtype) -> None:
     """Compiles now what the first call would wait for."""
     _kernel(HELD_AS[dtype])
@@ -92,6 +110,7 @@ def prepare(dtype: torch.dtype) -> None:
 @cache
 def _kernel(held: type) -> Compiled:
     edition, size = EDITION, np.dtype(held).itemsize
+    tiled = held is HELD_AS[torch.bfloat16] and cpu_has_them()
 
     def low_rank(arguments):
         head = carray(arguments, (_HEAD,))
@@ -119,14 +138,19 @@ def _kernel(held: type) -> Compiled:
             about = carray(pointer(table_at + 4 * (_FIRST + _ITEM * item)), (_ITEM,), np.int32)
             start, rows, ranks = numba.int64(about[0]), numba.int64(about[1]), numba.int64(about[3])
             own = carray(pointer(table_at + 4 * (_FIRST + _ITEM * own_items + about[2])), (ranks,), np.int32)
-            if by_id:
+            if tiled and rows > 1 and not by_id:
+                _shrink_tiled(middle, x_at + size * start * k, a_at, own, rows, k)
+            elif by_id:
                 _look_up(middle, x_at, a_at, held, size, own, start, rows, k)
             else:
                 for g in range(rows):
                     _widen(xs[g], _numbers(x_at, held, size, (start + g) * k, k))
                 _shrink(middle, xs, weights, a_at, b_at, held, size, own, rows, k, n)
             _between(middle, rows, own, scale_at, bias_at, about[4])
-            _expand(sums, middle, weights, y_at + size * start * y_stride, y_stride, b_at, held, size, own, rows, n)
+            if tiled and rows > 1:
+                _expand_tiled(middle, y_at + size * start * y_stride, y_stride, b_at, own, rows, n)
+            else:
+                _expand(sums, middle, weights, y_at + size * start * y_stride, y_stride, b_at, held, size, own, rows, n)
 
     return Compiled(low_rank)
 
@@ -186,6 +210,56 @@ def _expand(sums, middle, weights, y_at, y_stride, b_at, held, size, own, rows, 
                 result[j] = narrow(part[j], result[j])
 
 
+@numba.njit(**OPTIONS)
+def _shrink_tiled(middle, x_at, a_at, own, rows, k):
+    """middle [rows, ranks] = x [rows, K] times A's rows, in bfloat16; what 32 does not divide of K number by number."""
+    ranks, steps, out = len(own), k // SHRINK_STEP, np.empty((SHRINK_ROWS, SHRINK_RANKS), np.float32)
+    rank_rows = _addresses(a_at, own, k)
+    for r in range(0, ranks, SHRINK_RANKS):
+        _fetch(a_at, own, r + SHRINK_RANKS, 2 * k, 0, 2 * k)
+        for g in range(0, rows, SHRINK_ROWS):
+            shrink_tile(
+                x_at + 2 * g * k, 2 * k, rows - 1 - g, rank_rows.ctypes.data + 8 * r, ranks - 1 - r, steps,
+                out.ctypes.data,
+            )  # fmt: skip
+            for row in range(min(SHRINK_ROWS, rows - g)):
+                for rank in range(min(SHRINK_RANKS, ranks - r)):
+                    x = carray(pointer(x_at + 2 * (g + row) * k), (k,), np.uint16)
+                    a = carray(pointer(rank_rows[r + rank]), (k,), np.uint16)
+                    for j in range(steps * SHRINK_STEP, k):
+                        out[row, rank] += wide(x[j]) * wide(a[j])
+                    middle[g + row, r + rank] = out[row, rank]
+
+
+@numba.njit(**OPTIONS)
+def _expand_tiled(middle, y_at, y_stride, b_at, own, rows, n):
+    """y [rows, N] += middle [rows, ranks] times B's rows, in bfloat16; the last columns number by number."""
+    ranks, rank_rows, whole = len(own), _addresses(b_at, own, n), n // EXPAND_COLUMNS * EXPAND_COLUMNS
+    for low in range(0, whole, EXPAND_COLUMNS):
+        for g in range(0, rows, EXPAND_ROWS):
+            expand_tile(
+                y_at + 2 * (g * y_stride + low), 2 * y_stride, rows - 1 - g,
+                middle.ctypes.data + 4 * g * middle.shape[1], 4 * middle.shape[1],
+                rank_rows.ctypes.data, 2 * low, ranks,
+            )  # fmt: skip
+    for g in range(rows):
+        y = carray(pointer(y_at + 2 * g * y_stride), (n,), np.uint16)
+        for j in range(whole, n):
+            total = wide(y[j])
+            for r in range(ranks):
+                total += middle[g, r] * wide(carray(pointer(rank_rows[r]), (n,), np.uint16)[j])
+            y[j] = narrow(total, y[j])
+
+
+@numba.njit(**INLINE)
+def _addresses(at, own, width):
+    """Of the rank rows, in bfloat16."""
+    addresses = np.empty(len(own), np.int64)
+    for r in range(len(own)):
+        addresses[r] = at + 2 * own[r] * width
+    return addresses
+
+
 @numba.njit(**INLINE)
 def _numbers(at, held, size, first, count):
     return carray(pointer(at + size * first), (count,), held)
@@ -214,7 +288,7 @@ def _widen_ranks(weights, at, held, size, own, r, width, low, length):
 
 @numba.njit(**INLINE)
 def _fetch(at, own, first, row_bytes, begin, count):
-    """Bytes `begin` to `begin` + `count` of four rank rows, into the second level of the cache."""
+    """Bytes `begin` to `begin` + `count` of four rank rows from `first` on, into the second level of the cache."""
     for r in range(first, min(first + RANKS, len(own))):
         for j in range(0, count, 64):
             prefetch(at + own[r] * row_bytes + begin + j)

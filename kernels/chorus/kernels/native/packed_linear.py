@@ -16,13 +16,13 @@ import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
-from llvmlite import binding
 from numba import carray
 from torch import Tensor
 
 from chorus.kernels.native.dot_tile import COLUMNS, PANEL, ROWS, dot_tile
 from chorus.kernels.native.numbers import OPTIONS, narrow, pointer, take_ticket, wide
 from chorus.kernels.native.team import EDITION, Compiled
+from chorus.kernels.native.vectors import cpu_has_them
 
 MOST_ROWS = 64
 BLOCK = 64  # 16 KiB of weights
@@ -48,7 +48,7 @@ def address_of(packed: Tensor, weight: Tensor) -> int | None:
     panels, padded = -(-n // PANEL), -(-k // 32) * 32
     size: int = torch.ops.mkldnn._nbytes(packed)
     at: int = torch.ops.mkldnn.data_ptr(packed)
-    if not runs_here() or weight.dtype != torch.bfloat16 or k % 2 or at % 64 or size != 2 * panels * PANEL * padded:
+    if not cpu_has_them() or weight.dtype != torch.bfloat16 or k % 2 or at % 64 or size != 2 * panels * PANEL * padded:
         return None
     lies = torch.frombuffer((ctypes.c_char * size).from_address(at), dtype=torch.bfloat16).view(panels, -1)
     for panel in {0, panels - 1}:
@@ -59,16 +59,9 @@ def address_of(packed: Tensor, weight: Tensor) -> int | None:
     return at
 
 
-@cache
-def runs_here() -> bool:
-    """Whether this CPU has the kernel's instruction, and not a better one, which oneDNN knows to use."""
-    features = binding.get_host_cpu_features()
-    return bool(features.get("avx512bf16")) and not features.get("amx-bf16")
-
-
 def prepare(dtype: torch.dtype) -> None:
     """Compiles now what the first call would wait for."""
-    if dtype == torch.bfloat16 and runs_here():
+    if dtype == torch.bfloat16 and cpu_has_them():
         _kernel()
 
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 Kernel = Callable[[Any], None]
 
-_SHARED = ("numbers.py", "dot_tile.py")
+_SHARED = ("numbers.py", "vectors.py", "dot_tile.py", "rank_tiles.py")
 EDITION = int.from_bytes(
     sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in _SHARED)).digest()[:7], "big"
 )

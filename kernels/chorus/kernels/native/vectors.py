@@ -1,0 +1,95 @@
+"""Vectors of a CPU with AVX512_BF16, in what LLVM is told: 16 sums of float32, 32 numbers of bfloat16."""
+
+from typing import Any
+
+from llvmlite import binding, ir
+from numba.core import cgutils
+
+INT64 = ir.IntType(64)
+_INT32, _INT16 = ir.IntType(32), ir.IntType(16)
+
+
+class _BFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+SUMS = ir.VectorType(ir.FloatType(), 16)
+PAIRS = ir.VectorType(_BFloat(), 32)
+_WORDS, _SHORTS, _HALF = ir.VectorType(_INT32, 16), ir.VectorType(_INT16, 16), ir.VectorType(_BFloat(), 16)
+
+
+def cpu_has_them() -> bool:
+    """Whether this CPU has the instructions, and not AMX, for which oneDNN knows a better way."""
+    features = binding.get_host_cpu_features()
+    return bool(features.get("avx512bf16")) and not features.get("amx-bf16")
+
+
+def load(builder: Any, at: Any, kind: Any, align: int) -> Any:
+    return builder.load(builder.inttoptr(at, kind.as_pointer()), align=align)
+
+
+def store(builder: Any, value: Any, at: Any, align: int) -> None:
+    builder.store(value, builder.inttoptr(at, value.type.as_pointer()), align=align)
+
+
+def pair_in_every_lane(builder: Any, at: Any) -> Any:
+    """The two numbers of bfloat16 at an address, 16 times."""
+    return builder.bitcast(_splat(builder, load(builder, at, _INT32, 2), _WORDS), PAIRS)
+
+
+def float_in_every_lane(builder: Any, at: Any) -> Any:
+    return _splat(builder, load(builder, at, ir.FloatType(), 4), SUMS)
+
+
+def dot(builder: Any, sums: Any, x: Any, w: Any) -> Any:
+    """sums plus the products of 32 numbers, two neighbours to a lane: `vdpbf16ps`."""
+    kind = ir.FunctionType(SUMS, [SUMS, PAIRS, PAIRS])
+    return builder.call(_function(builder, kind, "llvm.x86.avx512bf16.dpbf16ps.512"), [sums, x, w])
+
+
+def multiply_add(builder: Any, x: Any, y: Any, sums: Any) -> Any:
+    kind = ir.FunctionType(SUMS, [SUMS, SUMS, SUMS])
+    return builder.call(_function(builder, kind, "llvm.fma.v16f32"), [x, y, sums])
+
+
+def sum_of_lanes(builder: Any, sums: Any) -> Any:
+    kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), SUMS])
+    add = _function(builder, kind, "llvm.vector.reduce.fadd.v16f32")
+    return builder.call(add, [ir.Constant(ir.FloatType(), 0.0), sums], fastmath=("reassoc",))
+
+
+def load_widened(builder: Any, at: Any) -> Any:
+    """16 numbers of bfloat16 as float32."""
+    words = builder.zext(load(builder, at, _SHORTS, 2), _WORDS)
+    return builder.bitcast(builder.shl(words, ir.Constant(_WORDS, [16] * 16)), SUMS)
+
+
+def store_narrowed(builder: Any, sums: Any, at: Any) -> None:
+    """Rounds to bfloat16, to nearest even."""
+    kind = ir.FunctionType(_HALF, [SUMS])
+    rounded = builder.call(_function(builder, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512"), [sums])
+    store(builder, rounded, at, 2)
+
+
+def at_most(builder: Any, number: int, last: Any) -> Any:
+    """The smaller of the two, int64."""
+    return builder.select(builder.icmp_signed("<", INT64(number), last), INT64(number), last)
+
+
+def _splat(builder: Any, value: Any, kind: Any) -> Any:
+    anything = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(anything, value, _INT32(0))
+    return builder.shuffle_vector(first, anything, ir.Constant(_WORDS, [0] * 16))
+
+
+def _function(builder: Any, kind: Any, name: str) -> Any:
+    return cgutils.get_or_insert_function(builder.module, kind, name)
