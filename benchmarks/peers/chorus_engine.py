@@ -1,4 +1,4 @@
-"""Our engine, stepped in this process with every adapter loaded."""
+"""Our engine, stepped in this process with every adapter loaded; a step takes as many tokens as vLLM's is allowed to."""
 
 import resource
 import statistics
@@ -10,7 +10,7 @@ from chorus.config import ServerConfig
 from chorus.engine import messages as m
 from loads.alone import alone, load_adapters
 from peers.process import Answer, serve
-from peers.work import REQUESTS, TOKENS_OUT, adapter_folders, base_folder, prompts
+from peers.work import REQUESTS, TOKENS_IN, TOKENS_OUT, adapter_folders, base_folder, prompts
 from step_profile import StepProfile
 
 KV_MB, ADAPTER_MB = 64, 160
@@ -26,6 +26,7 @@ class ChorusEngine:
             kv_cache_mb=KV_MB,
             adapter_memory_mb=ADAPTER_MB,
             max_rows=REQUESTS,
+            max_step_tokens=REQUESTS * TOKENS_IN,
         )
         self._engine, self._base, _ = alone(config)
         self._refs, _ = load_adapters(self._engine, self._base, adapter_folders(folder))
