@@ -42,6 +42,19 @@ def test_digest_is_the_documented_stream_of_bytes() -> None:
     assert version_digest(make(), BASE) == hashlib.sha256(stream).hexdigest()
 
 
+def test_large_tensors_and_odd_names_are_in_the_stream_as_documented() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sizes = {'a "quoted" \\ name': 70_000, "caf\u00e9 \U0001f600\n": 10, "empty": 0, "large": 200_000, "last": 1}
+    tensors = {name: torch.randn(size, generator=generator) for name, size in sizes.items()}
+    made = make(tensors)
+    head = {"base": BASE, "config": made.config.identity(), "task": None}
+    oracle = hashlib.sha256(json.dumps(head, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+    for name in sorted(tensors):
+        oracle.update(json.dumps([name, "F32", [sizes[name]]], separators=(",", ":")).encode() + b"\n")
+        oracle.update(tensors[name].numpy().tobytes())
+    assert version_digest(made, BASE) == oracle.hexdigest()
+
+
 @pytest.mark.parametrize(
     "config",
     [

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from chorus.adapters.safetensors_file import HEADER_LIMIT, read_tensors
+from chorus.adapters.safetensors_file import HEADER_LIMIT, read, read_tensors
 from chorus.errors import ChorusError, FailedPrecondition, InvalidArgument
 
 
@@ -149,6 +149,40 @@ def test_symlink_and_folder_are_refused(tmp_path: Path) -> None:
             read_tensors(path)
     with pytest.raises(InvalidArgument, match="missing"):
         read_tensors(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_number_that_is_not_finite_is_found_wherever_it_is(dtype: torch.dtype, bad: float, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for place in range(0, 150, 7):
+        tensors = {"a": torch.randn(50).to(dtype), "b": torch.randn(10, 10).to(dtype)}
+        save_file(tensors, path)
+        assert read(path).not_finite() is None
+        tensors["a" if place < 50 else "b"].view(-1)[place % 50] = bad
+        save_file(tensors, path)
+        assert read(path).not_finite() == ("a" if place < 50 else "b")
+
+
+@pytest.mark.parametrize("bad", ["a", "b", "c", "d"])
+def test_the_tensor_that_is_not_finite_is_named_among_dtypes_and_odd_places(bad: str, tmp_path: Path) -> None:
+    header = {"a": entry(0, 2, [1], "F16"), "b": entry(2, 6), "c": entry(6, 14, [2]), "d": entry(14, 16, [1], "BF16")}
+    places = {"a": 0, "b": 2, "c": 10, "d": 14}
+    infinite = {"a": b"\x00\x7c", "b": b"\x00\x00\x80\x7f", "c": b"\x00\x00\x80\xff", "d": b"\x80\x7f"}
+    data = bytearray(16)
+    assert read(write(tmp_path, packed(header, bytes(data)))).not_finite() is None
+    data[places[bad] : places[bad] + len(infinite[bad])] = infinite[bad]
+    assert read(write(tmp_path, packed(header, bytes(data)))).not_finite() == bad
+
+
+def test_files_of_one_header_are_each_checked_and_read(tmp_path: Path) -> None:
+    header = {"a": entry(0, 4)}
+    for number in (1.0, 2.0):
+        data = torch.tensor([number]).numpy().tobytes()
+        assert read_tensors(write(tmp_path, packed(header, data)))["a"].tolist() == [number]
+    for data in (bytes(3), bytes(5)):
+        with pytest.raises(InvalidArgument):
+            read_tensors(write(tmp_path, packed(header, data)))
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -14,8 +14,9 @@ import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
 from chorus.adapters import chat_template as templates
+from chorus.adapters import safetensors_file
 from chorus.adapters.lora_config import CONFIG_FILE, LoraConfig, parse_config
-from chorus.adapters.safetensors_file import open_regular, read_tensors, refuse_pickle
+from chorus.adapters.safetensors_file import open_regular, refuse_pickle
 from chorus.adapters.strict_json import parse_object, quote, validate
 from chorus.errors import FailedPrecondition, InvalidArgument
 
@@ -101,19 +102,19 @@ def read(folder: Path) -> Artifact:
     _check_folder(folder)
     config = parse_config(parse_object(_read_small(folder / CONFIG_FILE), CONFIG_FILE))
     task = read_task(folder)
-    stored = read_tensors(folder / TENSORS_FILE)
-    for name, tensor in stored.items():
-        if not name.startswith(KEY_PREFIX):
+    stored = safetensors_file.read(folder / TENSORS_FILE)
+    for entry in stored.entries:
+        if not entry.name.startswith(KEY_PREFIX):
             raise InvalidArgument(
-                f"tensor {quote(name, 200)} does not start with {KEY_PREFIX}, as PEFT writes it",
+                f"tensor {quote(entry.name, 200)} does not start with {KEY_PREFIX}, as PEFT writes it",
                 reason="UNKNOWN_TENSOR",
                 field=TENSORS_FILE,
             )
-        if not torch.isfinite(tensor).all():
-            raise InvalidArgument(
-                f"tensor {quote(name, 200)} holds NaN or infinity", reason="NOT_FINITE", field=TENSORS_FILE
-            )
-    tensors = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in stored.items()}
+    if name := stored.not_finite():
+        raise InvalidArgument(
+            f"tensor {quote(name, 200)} holds NaN or infinity", reason="NOT_FINITE", field=TENSORS_FILE
+        )
+    tensors = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in stored.tensors().items()}
     return Artifact(config, tensors, task, sum(tensor.nbytes for tensor in tensors.values()))
 
 

@@ -8,8 +8,10 @@ dtype and shape fix how many bytes follow, so two contents can not share one str
 left out: the same adapter pushed twice is one version. Of the task card, what serving reads counts.
 """
 
+import ctypes
 import hashlib
 import sys
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,23 @@ from chorus.adapters.safetensors_file import DTYPE_NAMES
 from chorus.adapters.strict_json import canonical
 from chorus.errors import ChorusError, DataLoss
 
+# Bytes that are hashed in one go: each time a thread lets go of the interpreter's lock, and waits for it afterwards.
+_GATHERED = 1 << 18
+
 
 def version_digest(artifact: Artifact, base_digest: str) -> str:
     """The version's digest on the base of this digest; both SHA-256, 64 hex digits."""
     identity = {"base": base_digest, "config": artifact.config.identity(), "task": _task_identity(artifact.task)}
     sha = hashlib.sha256(canonical(identity) + b"\n")
+    pieces: list[Any] = []
+    gathered = 0
     for name, tensor in sorted(artifact.tensors.items()):
-        sha.update(canonical([name, DTYPE_NAMES[tensor.dtype], list(tensor.shape)]) + b"\n")
-        sha.update(_little_endian(tensor))
+        pieces += (_described(name, DTYPE_NAMES[tensor.dtype], tensor.shape), _little_endian(tensor))
+        gathered += tensor.nbytes
+        if gathered > _GATHERED:
+            sha.update(b"".join(pieces))
+            pieces, gathered = [], 0
+    sha.update(b"".join(pieces))
     return sha.hexdigest()
 
 
@@ -56,9 +67,16 @@ def _task_identity(task: TaskCard | None) -> dict[str, object] | None:
     return read
 
 
+def _described(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
+    """`canonical([name, dtype, shape])` and a newline, in a third of its time."""
+    return f'[{encode_basestring_ascii(name)},"{dtype}",[{",".join(map(str, shape))}]]\n'.encode("ascii")
+
+
 def _little_endian(tensor: torch.Tensor) -> Any:
-    """The tensor's bytes as a buffer; a copy only where the machine is not little-endian."""
-    data = tensor.contiguous().view(-1).view(torch.uint8)
-    if sys.byteorder == "big":
-        data = data.view(-1, tensor.element_size()).flip(1).contiguous().view(-1)
-    return data.numpy()
+    """The tensor's bytes as a buffer, which lives as long as the tensor; a copy only where it has to be."""
+    if not tensor.is_contiguous() or sys.byteorder == "big":
+        data = tensor.contiguous().view(-1).view(torch.uint8)
+        if sys.byteorder == "big":
+            data = data.view(-1, tensor.element_size()).flip(1).contiguous().view(-1)
+        return data.numpy()
+    return (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())

@@ -5,7 +5,7 @@
 An `Artifact` is sound in itself; lowering is where it meets a base. It knows sites and tensors, no device and no pool.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from chorus.adapters.artifact import Artifact
+from chorus.adapters.host_memory import copies
 from chorus.adapters.lora_config import LoraConfig
 from chorus.adapters.lora_tensors import LoraPair, refuse_foreign_copies, sort_tensors
 from chorus.adapters.strict_json import quote
@@ -60,11 +61,12 @@ class LoweredAdapter:
         return len(self.low_rank)
 
     def to(self, dtype: torch.dtype) -> "LoweredAdapter":
-        """The same adapter with its factors in another dtype."""
-        return LoweredAdapter(
-            self.kind,
-            {name: LowRankFactors(f.a.to(dtype), f.b.to(dtype), f.scale) for name, f in self.low_rank.items()},
-        )
+        """The same adapter with its factors in another dtype, then in memory of its own."""
+        factors = self.low_rank.values()
+        if all(f.a.dtype == dtype == f.b.dtype for f in factors):
+            return self
+        own = copies([f.a for f in factors] + [f.b for f in factors], dtype)
+        return LoweredAdapter(self.kind, _factors(self.low_rank, own, [f.scale for f in factors]))
 
     def bytes(self, dtype_bytes: int) -> int:
         """Bytes of all factors once each element takes `dtype_bytes`."""
@@ -95,12 +97,13 @@ class Lora:
         tensors = sort_tensors(artifact.tensors)
         refuse_foreign_copies(tensors.base_copies, sites, base_weight)
         _check_modules(artifact.config, targets, tensors.pairs, sites)
-        factors = {}
-        for name, site in sites.items():
-            if pair := tensors.pairs.get(name):
-                _check_shapes(pair, site, targets.rank(name), max_rank)
-                factors[name] = _factors(pair, targets.scale(name) * site.scale)
-        return LoweredAdapter("LORA", factors)
+        pairs = {name: tensors.pairs[name] for name in sites if name in tensors.pairs}
+        for name, pair in pairs.items():
+            _check_shapes(pair, sites[name], targets.rank(name), max_rank)
+        # Copies, so that the file's memory is free once the caller drops the artifact.
+        own = copies([pair.a for pair in pairs.values()] + [pair.b.mT for pair in pairs.values()])
+        scales = [targets.scale(name) * sites[name].scale for name in pairs]
+        return LoweredAdapter("LORA", _factors(pairs, own, scales))
 
 
 _FOREIGN = "the adapter was made for another base, or adapts what is not served"
@@ -192,6 +195,7 @@ def _check_shapes(pair: LoraPair, site: Site, rank: int, max_rank: int) -> None:
         )
 
 
-def _factors(pair: LoraPair, scale: float) -> LowRankFactors:
-    # Copies, so that the file's buffer is free once the caller drops the artifact.
-    return LowRankFactors(pair.a.clone(), pair.b.t().clone(memory_format=torch.contiguous_format), scale)
+def _factors(names: Iterable[str], tensors: Sequence[Tensor], scales: Sequence[float]) -> dict[str, LowRankFactors]:
+    """By name; `tensors` are all A, then all B."""
+    count = len(scales)
+    return dict(zip(names, map(LowRankFactors, tensors[:count], tensors[count:], scales), strict=True))

@@ -9,15 +9,20 @@ the checks nor end the process with SIGBUS.
 """
 
 import math
+import mmap
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from io import BufferedReader
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
+from chorus.adapters.host_memory import mapped
 from chorus.adapters.strict_json import parse_object, quote
 from chorus.errors import FailedPrecondition, InvalidArgument
 
@@ -31,6 +36,7 @@ _OTHER_DTYPES = frozenset(
     ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F64", "C64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4")
 )
 _PICKLES = (b"PK\x03\x04", b"PK\x05\x06", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
+_FIELDS = {"dtype", "shape", "data_offsets"}
 _MAX_DIMENSIONS = 8
 
 
@@ -45,6 +51,31 @@ class TensorEntry:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensors:
+    """A checked file's data: `entries` in their order, and the memory that they are read into."""
+
+    entries: Sequence[TensorEntry]
+    data: mmap.mmap
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by name, views of the data."""
+        return {entry.name: _flat(self.data, [entry]).view(entry.shape) for entry in self.entries}
+
+    def not_finite(self) -> str | None:
+        """The first tensor that holds NaN or infinity; None where all numbers are finite.
+
+        Neighbours of one dtype are looked at together, for their least and greatest, which a NaN anywhere in them is
+        (56 tensors of 262 KB in all: 0.02 ms; asking each for `isfinite` took 0.6, with the interpreter's lock handed
+        back and forth 170 times).
+        """
+        for _, neighbours in groupby(self.entries, key=lambda entry: entry.dtype):
+            run = list(neighbours)
+            if not _is_finite(_flat(self.data, run)):
+                return next(entry.name for entry in run if not _is_finite(_flat(self.data, [entry])))
+        return None
+
+
 def refuse_pickle(what: str) -> NoReturn:
     """Raises the error that every pickle gets, whatever it is called."""
     raise InvalidArgument(
@@ -55,9 +86,12 @@ def refuse_pickle(what: str) -> NoReturn:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Checks the file and reads its tensors, in the order of the data.
+    """Checks the file and reads its tensors, in the order of the data, as views of one buffer. Raises as `read`."""
+    return read(path).tensors()
 
-    The tensors share one buffer of the data's size.
+
+def read(path: Path) -> StoredTensors:
+    """Checks the file and reads it.
 
     Raises:
         InvalidArgument: a symlink or no regular file; truncated, lying or overlapping; PICKLE_REFUSED for a pickle.
@@ -66,10 +100,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         entries, data_start = _read_header(file, size, path.name)
-        data = bytearray(size - data_start)
-        if file.readinto(data) != len(data):
+        length = size - data_start
+        data = mapped(length)
+        if file.readinto(memoryview(data)[:length]) != length:
             _malformed(path.name, "it became shorter while it was read")
-    return {entry.name: _tensor(data, entry) for entry in entries}
+    return StoredTensors(entries, data)
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -100,7 +135,7 @@ def _malformed(what: str, problem: str) -> NoReturn:
     raise InvalidArgument(f"{what} is not a valid safetensors file: {problem}", reason="MALFORMED_FILE", field=what)
 
 
-def _read_header(file: BufferedReader, size: int, what: str) -> tuple[list[TensorEntry], int]:
+def _read_header(file: BufferedReader, size: int, what: str) -> tuple[tuple[TensorEntry, ...], int]:
     """The checked entries in the order of their data, and where the data starts."""
     start = file.read(9)
     length = int.from_bytes(start[:8], "little")
@@ -117,36 +152,51 @@ def _read_header(file: BufferedReader, size: int, what: str) -> tuple[list[Tenso
     if start[8:] != b"{":
         _malformed(what, "the header does not start with {")
     file.seek(8)
-    header = parse_object(file.read(length), what, reason="MALFORMED_FILE")
-    metadata = header.pop("__metadata__", {})
+    header, data_size = file.read(length), size - 8 - length
+    parse = _parse_kept if length <= _KEPT_BYTES else _parse
+    return parse(header, data_size, what), 8 + length
+
+
+def _parse(header: bytes, data_size: int, what: str) -> tuple[TensorEntry, ...]:
+    """The checked entries in the order of their data."""
+    fields_by_name = parse_object(header, what, reason="MALFORMED_FILE")
+    metadata = fields_by_name.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         _malformed(what, "__metadata__ is not a map of strings")
-    entries = [_entry(name, fields, what) for name, fields in header.items()]
+    entries = [_entry(name, fields, what) for name, fields in fields_by_name.items()]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
-    _check_layout(entries, size - 8 - length, what)
-    return entries, 8 + length
+    _check_layout(entries, data_size, what)
+    return tuple(entries)
+
+
+# What one recipe trains on one base has one header, to the byte, and checking it was a quarter of a small load's time.
+_parse_kept = lru_cache(maxsize=64)(_parse)
+_KEPT_BYTES = 1 << 17
 
 
 def _entry(name: str, fields: Any, what: str) -> TensorEntry:
-    tensor = f"tensor {quote(name, 200)}"
-    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
-        _malformed(what, f"{tensor} does not have exactly dtype, shape and data_offsets")
+    if not isinstance(fields, dict) or fields.keys() != _FIELDS:
+        _malformed(what, f"{_tensor(name)} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not _counts(shape) or len(shape) > _MAX_DIMENSIONS:
-        _malformed(what, f"{tensor} has no valid shape: {quote(shape)}")
+        _malformed(what, f"{_tensor(name)} has no valid shape: {quote(shape)}")
     if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        _malformed(what, f"{tensor} has no valid data_offsets: {quote(offsets)}")
+        _malformed(what, f"{_tensor(name)} has no valid data_offsets: {quote(offsets)}")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         if isinstance(dtype, str) and dtype in _OTHER_DTYPES:
             raise FailedPrecondition(
-                f"{tensor} is {dtype}; adapters are served in {', '.join(DTYPES)}", reason="UNSUPPORTED_DTYPE"
+                f"{_tensor(name)} is {dtype}; adapters are served in {', '.join(DTYPES)}", reason="UNSUPPORTED_DTYPE"
             )
-        _malformed(what, f"{tensor} has the unknown dtype {quote(dtype)}")
+        _malformed(what, f"{_tensor(name)} has the unknown dtype {quote(dtype)}")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     begin, end = offsets
     if end - begin != needed:
-        _malformed(what, f"{tensor} spans {end - begin} bytes, but {dtype} {quote(shape)} needs {needed}")
+        _malformed(what, f"{_tensor(name)} spans {end - begin} bytes, but {dtype} {quote(shape)} needs {needed}")
     return TensorEntry(name, DTYPES[dtype], tuple(shape), begin, end)
+
+
+def _tensor(name: str) -> str:
+    return f"tensor {quote(name, 200)}"
 
 
 def _counts(value: Any) -> bool:
@@ -173,12 +223,15 @@ def _check_layout(entries: list[TensorEntry], data_size: int, what: str) -> None
         _malformed(what, f"{data_size - position} bytes after the last tensor belong to none")
 
 
-def _tensor(data: bytearray, entry: TensorEntry) -> torch.Tensor:
-    if entry.begin == entry.end:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    if entry.begin % entry.dtype.itemsize:
-        data, begin = data[entry.begin : entry.end], 0
-    else:
-        begin = entry.begin
-    flat = torch.frombuffer(data, dtype=entry.dtype, count=math.prod(entry.shape), offset=begin)
-    return flat.view(entry.shape)
+def _flat(data: mmap.mmap, run: Sequence[TensorEntry]) -> torch.Tensor:
+    """The numbers of entries of one dtype that follow each other, in one dimension."""
+    dtype, begin, end = run[0].dtype, run[0].begin, run[-1].end
+    if begin == end:
+        return torch.empty(0, dtype=dtype)
+    if begin % dtype.itemsize:
+        return torch.frombuffer(bytearray(data[begin:end]), dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=begin)
+
+
+def _is_finite(numbers: torch.Tensor) -> bool:
+    return not numbers.numel() or all(map(math.isfinite, torch.aminmax(numbers)))

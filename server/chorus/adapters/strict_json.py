@@ -80,9 +80,12 @@ def validate(model: type[M], raw: Mapping[str, Any], what: str) -> M:
         raise InvalidArgument(f"{what}: {text}", reason="INVALID_FIELD", violations=violations) from None
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
 def canonical(value: object) -> bytes:
     """Canonical JSON: sorted keys, no spaces, ASCII."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+    return _CANONICAL.encode(value).encode("ascii")
 
 
 def field_path(*steps: int | str) -> str:
