@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from chorus.adapters.kinds import LoweredAdapter, LowRankFactors
 from chorus.adapters.pool import AdapterPool, SlotSegment
-from chorus.adapters.residency import LoadedHost, LoadOutcome, Residency
+from chorus.adapters.residency import AHEAD, LoadedHost, LoadOutcome, Residency
 from chorus.errors import ChorusError, FailedPrecondition, ResourceExhausted
 from chorus.models.sites import Site
 
@@ -246,6 +246,54 @@ def test_what_nobody_asks_for_any_more_leaves_the_line() -> None:
     assert [(o.digest, o.error is None) for o in outcomes] == [("pinned", False)]
     residency.request("wanted", "8")
     assert [(o.digest, o.error) for o in residency.advance()] == [("wanted", None)]
+
+
+def test_only_the_first_in_line_take_host_memory_and_all_get_their_turn() -> None:
+    read: list[str] = []
+
+    def load(digest: str, path: str) -> LoadedHost:
+        read.append(digest)
+        return load_by_name(digest, path)
+
+    residency = Residency(make_pool(rows=8), load, executor=InlineExecutor())
+    residency.pin("held", "8")
+    residency.advance()
+    newcomers = [f"v{i}" for i in range(AHEAD + 3)]
+    for digest in newcomers:
+        residency.request(digest, "8")
+    residency.advance()
+    assert read == ["held", *newcomers[:AHEAD]]
+    assert sum(r.host is not None for r in residency.residents()) == AHEAD
+    residency.unpin("held")
+    came: list[str] = []
+    for _ in range(10 * len(newcomers)):
+        came += [outcome.digest for outcome in residency.advance() if outcome.error is None]
+        residency.check_integrity()
+    assert came == newcomers
+
+
+def test_a_failure_in_line_lets_the_next_be_read() -> None:
+    residency = Residency(make_pool(), load_by_name, executor=InlineExecutor())
+    for i in range(2 * AHEAD):
+        residency.request(f"bad-{i}", "bad")
+    residency.request("good", "8")
+    outcomes = [outcome for _ in range(3) for outcome in residency.advance()]
+    assert [outcome.error is None for outcome in outcomes] == [False] * 2 * AHEAD + [True]
+
+
+def test_rows_that_are_no_neighbours_hold_an_adapters_factors() -> None:
+    pool = make_pool(rows=24)
+    first, _, third = (pool.load(lowered(8, fill)) for fill in (1.0, 2.0, 3.0))
+    assert first is not None
+    assert third is not None
+    pool.evict(first)
+    pool.evict(third)
+    assert pool.load(lowered(12, 5.0)) is not None
+    for name in SITES:
+        a, b, scale = (getattr(pool.pools[name], which) for which in ("a", "b", "mid_scale"))
+        assert a[:, 0].tolist() == [5.0] * 8 + [2.0] * 8 + [5.0] * 4 + [3.0] * 4
+        assert b[:, 5].tolist() == a[:, 0].tolist()
+        assert scale.tolist() == [0.5] * 24
 
 
 class ResidencyMachine(RuleBasedStateMachine):

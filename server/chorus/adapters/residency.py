@@ -7,7 +7,8 @@ The step thread calls everything here; loader threads run `load` and nothing els
 are the operator's. What has neither may be evicted, the least recently used first. Whoever waits for room is served in
 order; when the first has waited long because all that is resident stays in use, the longest resident yields: it takes
 no new references, and leaves with its last one. So every version gets its turn, whatever the others' traffic. What
-nobody has asked for in a long time leaves the line.
+nobody has asked for in a long time leaves the line. Only the first in line are read: those behind would take host
+memory that no budget grants, for as long as the device has no room.
 """
 
 import logging
@@ -27,6 +28,9 @@ from chorus.errors import ChorusError, FailedPrecondition, InternalError, Resour
 logger = logging.getLogger(__name__)
 
 LOADERS = 2
+# Versions that are being loaded or wait in host memory: as many as are read at a time, and as many that are ready. When
+# 16 of 6.7 MB came at once, all of them were in host memory before the step thread had copied the first.
+AHEAD = 2 * LOADERS
 # Turns that the first in line waits for room before a resident has to yield, and before each further one.
 PATIENCE_TURNS = 32
 # Turns after which a version that waits for room, and that nobody asks for any more, leaves the line.
@@ -62,7 +66,7 @@ class Resident:
 
     digest: str
     path: str
-    loading: Future[LoadedHost] | None
+    loading: Future[LoadedHost] | None = None
     host: LoweredAdapter | None = None
     slot: int | None = None
     refs: int = 0
@@ -117,12 +121,11 @@ class Residency:
         self.hits = 0
 
     def request(self, digest: str, path: str) -> Resident:
-        """Starts a load unless the version is in memory or on its way."""
+        """Puts a version in line to be loaded unless it is in memory or on its way."""
         resident = self._residents.get(digest)
         if resident is None:
-            future = self._executor.submit(self._load, digest, path)
-            resident = self._residents[digest] = Resident(digest, path, future)
-            future.add_done_callback(lambda _: self._on_ready())
+            resident = self._residents[digest] = Resident(digest, path)
+            self._start_loads()
         resident.unwanted = False
         resident.wanted_at = self._turn
         return resident
@@ -183,6 +186,7 @@ class Residency:
                 del self._residents[resident.digest]
                 outcomes.append(LoadOutcome(resident.digest, error, tuple(resident.seconds)))
         outcomes += self._forget()
+        self._start_loads()
         self._make_yield(has_room=room)
         return outcomes
 
@@ -210,10 +214,18 @@ class Residency:
         assert sum(r.rank_rows for r in on_device) == self._pool.rows_used, "rank rows leaked or shared"
         assert all(r.refs >= 0 for r in on_device), "negative references"
 
+    def _start_loads(self) -> None:
+        """Has the first in line read."""
+        in_line = [r for r in self._residents.values() if r.slot is None][:AHEAD]
+        for resident in in_line:
+            if resident.loading is None and resident.host is None:
+                resident.loading = self._executor.submit(self._load, resident.digest, resident.path)
+                resident.loading.add_done_callback(lambda _: self._on_ready())
+
     def _to_host(self, resident: Resident) -> bool:
-        """True once the loader is done with it."""
+        """True once a loader is done with it."""
         if resident.loading is None:
-            return True
+            return resident.host is not None
         if not resident.loading.done():
             return False
         future, resident.loading = resident.loading, None
