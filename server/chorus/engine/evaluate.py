@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chorus.engine.graphs import carry
 from chorus.engine.layout import Layout
-from chorus.engine.logprobs import Logprobs, Wanted, is_finite, logprobs_of
+from chorus.engine.logprobs import Logprobs, Wanted, is_finite
 from chorus.engine.messages import TokenLogprob
 from chorus.engine.readback import Readback
 from chorus.engine.runner import Runner
@@ -29,17 +29,18 @@ class Drawn(NamedTuple):
 
 
 class Launched:
-    """A step that has been given to the device. `read` waits for it.
+    """A step that has been given to the device, with all that is asked of its logits. `read` waits for it.
 
-    `drawn` [S] are the tokens of `layout.sampled` on the device, for the rows of the next step; None where that can not
-    be laid out before this one is read, because its logits are read too.
+    `drawn` [S] are the tokens of `layout.sampled` on the device, for the rows of the next step. A graph's logits are
+    its next replay's, so nobody looks at them afterwards.
+
+    Raises:
+        RuntimeError: a token of a prompt would be passed over, unscored.
     """
 
     def __init__(self, layout: Layout, logits: Tensor, tokens: Tensor) -> None:
-        self.layout = layout
-        self.drawn = None if layout.scored else tokens
-        # A graph's logits are its next replay's, so nobody looks at them once the next step is launched.
-        self._logits = logits if layout.scored else None
+        self.layout, self.drawn = layout, tokens
+        self._scores = _of_prompts(logits, layout) if layout.scored else None
         sampling = [chunk.seq.sampling for chunk in layout.sampled]
         self._asking = [i for i, asked in enumerate(sampling) if asked.logprobs is not None]
         self._logprobs = _of_tokens(logits, tokens, layout, self._asking) if self._asking else None
@@ -59,16 +60,17 @@ class Launched:
             chunk.seq.key: Drawn(token, logprobs.get(i) if token != NOT_FINITE else None)
             for i, (chunk, token) in enumerate(zip(self.layout.sampled, tokens, strict=True))
         }
-        if self._logits is not None:
-            drawn |= self._add_scores(_score(self._logits, self.layout))
+        if self._scores is not None:
+            drawn |= self._add_scores(self._scores.read())
         return drawn
 
-    def _add_scores(self, scores: Seq[list[TokenLogprob]]) -> dict[Key, Drawn]:
+    def _add_scores(self, scores: Seq[TokenLogprob]) -> dict[Key, Drawn]:
         """Tells the sequences theirs, and gives those that have a row which is not finite."""
-        broken = {}
-        for scored, logprobs in zip(self.layout.scored, scores, strict=True):
-            if is_finite(logprobs):
-                scored.seq.prompt_logprobs += logprobs
+        broken, entries = {}, iter(scores)
+        for scored in self.layout.scored:
+            theirs = [next(entries) for _ in scored.positions]
+            if is_finite(theirs):
+                scored.seq.prompt_logprobs += theirs
             else:
                 broken[scored.seq.key] = Drawn(NOT_FINITE, None)
         return broken
@@ -87,8 +89,8 @@ def launch(runner: Runner, layout: Layout, eos_token_ids: frozenset[int], before
     return Launched(layout, logits, tokens)
 
 
-def _score(logits: Tensor, layout: Layout) -> list[list[TokenLogprob]]:
-    """For each of `layout.scored`, the log-probabilities of its tokens."""
+def _of_prompts(logits: Tensor, layout: Layout) -> Logprobs:
+    """Of the prompts' tokens, for each of `layout.scored` in its order."""
     for seq, _, positions in layout.scored:
         due = seq.sampling.prompt_logprobs_from + len(seq.prompt_logprobs)
         if positions.start + 1 != due:  # what is told later would be told of the wrong tokens
@@ -98,8 +100,7 @@ def _score(logits: Tensor, layout: Layout) -> list[list[TokenLogprob]]:
         for scored in layout.scored
         for i, token in enumerate(scored.tokens)
     ]
-    entries = iter(logprobs_of(logits, wanted))
-    return [[next(entries) for _ in scored.positions] for scored in layout.scored]
+    return Logprobs(logits, wanted)
 
 
 def _of_tokens(logits: Tensor, tokens: Tensor, layout: Layout, asking: Seq[int]) -> Logprobs:

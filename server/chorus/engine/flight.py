@@ -6,8 +6,7 @@
 
 Of step n+1 all is known but what n draws: its rows are those of n that go on, one token further, and that token they
 take from where n leaves it on the device (`layout.carried`). Turn 4 is one in which more than that decides: somebody
-may join, has to leave or be preempted, or n+2 tells of a prompt's tokens, for which its logits are read. Then n+2 ends
-first.
+may join, has to leave or be preempted. Then n+2 ends first.
 
 Whoever turns out to have ended in n, or is aborted or fails meanwhile, has a row in n+1 that nobody wants: its result
 is passed over. Its pages and its adapter's place are free at once, although n+1 may not have begun. That is safe
@@ -51,9 +50,8 @@ class Flight:
 
     @property
     def launched(self) -> Launched | None:
-        """What another step can be launched behind, if that goes without the host."""
-        launched = self._launched
-        return launched if isinstance(launched, Launched) and launched.drawn is not None else None
+        """What another step can be launched behind, if it has come that far."""
+        return self._launched if isinstance(self._launched, Launched) else None
 
     def compute(self, chunks: Sequence[Chunk]) -> dict[Key, Drawn]:
         """Waits for what was launched; asked again, computes the given chunks anew, for which all must be booked."""

@@ -30,11 +30,6 @@ class Wanted(NamedTuple):
     top: int
 
 
-def logprobs_of(logits: Tensor, wanted: Seq[Wanted]) -> list[TokenLogprob]:
-    """What `Logprobs` computes, once it is known."""
-    return Logprobs(logits, wanted).read()
-
-
 class Logprobs:
     """One for each wanted, from logits [L, V] as the model gave them; NaN where a row is not finite.
 

@@ -82,7 +82,7 @@ def _penalise(logits: Tensor, sequences: Seq[Sequence], pending: Tensor | None) 
     token = _upload(np.concatenate([np.array(c.ids) for c in counts]), logits)
     count = _upload(np.concatenate([np.array(c.counts) for c in counts]), logits)
     if pending is not None:
-        token, count = _with_pending(row, token, count, pending)
+        token, count = with_pending(row, token, count, pending)
     repetition = spread("repetition_penalty")
     before = logits[row, token]
     after = torch.where(before > 0, before / repetition, before * repetition)
@@ -91,8 +91,11 @@ def _penalise(logits: Tensor, sequences: Seq[Sequence], pending: Tensor | None) 
     logits[row, token] = torch.where(before.isinf(), before, after.clamp(-largest, largest).to(logits.dtype))
 
 
-def _with_pending(row: Tensor, token: Tensor, count: Tensor, pending: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens and counts of the pairs, those of `row` [P] that are more than `token` has being the pending tokens'."""
+def with_pending(row: Tensor, token: Tensor, count: Tensor, pending: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and counts of all pairs, whose rows are `row` [P]: those of `token` and `count`, then a pending one a row.
+
+    Pairs of the same row and token have the same count, so it does not matter which of them is written last.
+    """
     known, own = len(token), pending[row]
     is_pending = (token == own[:known]).long()
     counted = torch.zeros_like(pending).index_add_(0, row[:known], is_pending * count)
