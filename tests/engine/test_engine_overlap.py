@@ -175,6 +175,31 @@ def test_who_has_a_row_that_is_not_finite_fails_and_the_row_behind_it_is_nobodys
     assert engine.blocks.usage == 0
 
 
+def test_the_row_behind_an_output_that_has_ended_costs_the_others_of_its_request_nothing(
+    world: TinyWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if it is not finite."""
+    sampling = m.Sampling(20, temperature=1.2, seed=3, ignore_eos=True)
+    plain = run(make_engine(world.base), {0: [m.Submit(0, tuple(PROMPT), sampling, n=2)]}).outputs
+    first, second = plain[0, 0], plain[0, 1]
+    last = next(i for i in range(2, 20) if first[i] not in first[:i] + second)
+    stopping = m.Sampling(20, temperature=1.2, seed=3, ignore_eos=True, stop_token_ids=frozenset({first[last]}))
+    forward, behind = Runner.forward, [0]
+
+    def broken(self: Runner, layout: Layout, drawn: Any = None) -> Any:
+        logits = forward(self, layout, drawn)
+        for row, chunk in enumerate(layout.sampled):
+            if chunk.seq.index == 0 and chunk.start == len(PROMPT) + last:
+                logits[row] = torch.nan
+                behind[0] += 1
+        return logits
+
+    monkeypatch.setattr(Runner, "forward", broken)
+    told = run(make_engine(world.base, overlap=True), {0: [m.Submit(0, tuple(PROMPT), stopping, n=2)]})
+    assert behind == [1]
+    assert told.outputs == {(0, 0): first[: last + 1], (0, 1): second}
+
+
 def test_a_device_that_is_lost_behind_a_step_ends_the_engine(world: TinyWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = Runner.forward
 
@@ -260,7 +285,7 @@ def test_drawing_behind_another_step_looks_at_nothing_on_the_device(
     assert drawn == [1, 29]
 
 
-@pytest.mark.parametrize("kind", KINDS[:7], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_whatever_way_a_row_draws_its_steps_overlap(
     world: TinyWorld, monkeypatch: pytest.MonkeyPatch, kind: dict[str, Any]
 ) -> None:

@@ -113,6 +113,14 @@ def test_a_token_that_is_on_the_device_alone_counts_as_one_of_the_output(
     assert torch.equal(got, applied(logits, known))
 
 
+def test_a_pair_that_is_there_twice_says_the_same_both_times() -> None:
+    """Which of the two is written last is nobody's business."""
+    row, token, count = torch.tensor([0, 0, 2, 2, 0, 2]), torch.tensor([5, 6, 5, 7]), torch.tensor([1, 2, 3, 4])
+    tokens, counts = penalties.with_pending(row, token, count, torch.tensor([6, 9, 8]))
+    assert tokens.tolist() == [5, 6, 5, 7, 6, 8]
+    assert counts.tolist() == [1, 3, 3, 4, 3, 1]
+
+
 def test_what_was_impossible_stays_so_and_what_was_finite_does_not_overflow() -> None:
     inf = float("inf")
     logits = torch.tensor([[-inf, -3.0, 3.0, 0.0]] * 2)

@@ -228,7 +228,7 @@ def test_a_row_gives_the_same_token_in_any_batch(dtype: torch.dtype) -> None:
 
 def test_a_token_that_is_on_the_device_alone_is_as_good_as_one_of_the_output() -> None:
     logits = torch.randn(17, 2100, generator=torch.Generator().manual_seed(6))
-    kinds = [*ALONE.values(), *COMBINED.values(), {"temperature": 0.0}, {"temperature": 0.0, "min_tokens": 6}]
+    kinds = [{"temperature": 0.0}, *ALONE.values(), *COMBINED.values(), {"temperature": 0.0, "min_tokens": 6}]
     pending = list(range(2, 2 + len(kinds)))
     known = [sequence(PROMPT, [*OUTPUT, token], **kind) for kind, token in zip(kinds, pending, strict=True)]
     behind = [sequence(PROMPT, OUTPUT, **kind) for kind in kinds]

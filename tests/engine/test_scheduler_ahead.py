@@ -70,6 +70,15 @@ def test_who_gets_the_last_of_its_tokens_is_not_in_the_next_step() -> None:
     assert [chunk.seq.request_id for chunk in following.chunks] == [2]
 
 
+def test_nothing_is_laid_out_behind_a_step_in_which_all_get_the_last_of_their_tokens() -> None:
+    """An empty step would never be launched, nor end the one before it."""
+    bench = Bench()
+    decoding(bench, {"new": 2}, {"new": 2})
+    schedule, following = launched(bench)
+    assert len(schedule.chunks) == 2
+    assert following is None
+
+
 def test_who_ends_by_its_token_leaves_a_row_that_is_passed_over_and_its_pages_at_once() -> None:
     bench = Bench(A)
     ended, other = decoding(bench, {"prompt": 4, "adapter": A}, {"prompt": 4})
@@ -85,6 +94,17 @@ def test_who_ends_by_its_token_leaves_a_row_that_is_passed_over_and_its_pages_at
 def test_who_is_aborted_between_two_steps_is_passed_over_in_both() -> None:
     bench = Bench()
     decoding(bench, {}, {})
+    schedule, following = launched(bench)
+    assert following is not None
+    bench.scheduler.abort(1)
+    assert [seq.request_id for seq, _ in book(bench, schedule, TOKEN, TOKEN)] == [2]
+    assert [seq.request_id for seq, _ in book(bench, following, TOKEN, TOKEN)] == [2]
+
+
+def test_who_is_aborted_while_its_whole_prompt_is_computed_is_passed_over_in_both() -> None:
+    bench = Bench()
+    bench.add(prompt=4)
+    bench.add(prompt=4)
     schedule, following = launched(bench)
     assert following is not None
     bench.scheduler.abort(1)
