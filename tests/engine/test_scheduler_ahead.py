@@ -61,13 +61,16 @@ def test_a_step_behind_one_that_was_laid_out_ahead_is_one_token_further_again() 
     assert work(third) == [(1, 6, 1, True)]
 
 
-def test_who_gets_the_last_of_its_tokens_is_not_in_the_next_step() -> None:
+def test_who_gets_the_last_of_its_tokens_is_not_in_the_next_step_and_has_its_pages_until_then() -> None:
     bench = Bench()
-    decoding(bench, {"new": 2}, {"new": 9})
+    last, _ = decoding(bench, {"new": 2}, {"new": 9})
     schedule, following = launched(bench)
     assert [chunk.seq.request_id for chunk in schedule.chunks] == [1, 2]
     assert following is not None
     assert [chunk.seq.request_id for chunk in following.chunks] == [2]
+    assert last.blocks
+    book(bench, schedule, TOKEN, TOKEN)
+    assert not last.blocks
 
 
 def test_nothing_is_laid_out_behind_a_step_in_which_all_get_the_last_of_their_tokens() -> None:

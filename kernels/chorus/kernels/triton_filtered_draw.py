@@ -69,9 +69,9 @@ def gather_likeliest(
 
 
 @triton.jit
-def _neighbour(mass, step):
-    """The next float64 above a mass, or below it."""
-    return (mass.to(tl.int64, bitcast=True) + step).to(tl.float64, bitcast=True)
+def _next(mass):
+    """The smallest float64 over a mass."""
+    return (mass.to(tl.int64, bitcast=True) + 1).to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -131,9 +131,9 @@ def draw_likeliest(
         mass = over + equal.to(tl.float64) * _value(cut)
     if (top_p >= 1) & (limited == 0):
         _, mass = _above(weights_ptr, count, bound, BLOCK)  # all that there is: totals are rounded
-    # Strictly below the mass, whatever the rounding. What is over the drawn weight may be just as much.
-    target = tl.minimum(tl.load(noise_ptr + row) * mass, _neighbour(mass, -1))
-    key, many, over, there = _first(weights_ptr, count, cut - 1, V + 1, _neighbour(target, 1), LARGEST, BLOCK)
+    # Below the mass, however it is rounded: noise is 1 - 2^-53 at most. What is over the drawn weight may be as much.
+    target = tl.load(noise_ptr + row) * mass
+    key, many, over, there = _first(weights_ptr, count, cut - 1, V + 1, _next(target), LARGEST, BLOCK)
     last_equal = tl.where(key == cut, equal, there.to(tl.int64)) - 1
     place = tl.minimum(tl.floor((target - over) / _value(key)), last_equal.to(tl.float64)).to(tl.int32)
     token = tl.full([], 0, dtype=tl.int32)

@@ -25,6 +25,7 @@ def small_blocks() -> Iterator[None]:
 
 @settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # to shrink takes long
 @example([([2.0**-25, *[1.0] * 11], (12, 1.0, LAST)), ([2.0**-25, *[1.0] * 11], (0, 1 - 2.0**-10, LAST))])
+@example([([1.0, 0.5, 1.0, 0.5, 1.0], (0, 1.0, 0.75)), ([0.5, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5], (6, 0.75, 0.75))])
 @given(st.lists(CASES, min_size=4, max_size=4))
 def test_draws_are_those_of_exact_arithmetic(rows: list[tuple[list[float], tuple[int, float, float]]]) -> None:
     given_rows = arguments([row for row, _ in rows], [filters for _, filters in rows])
