@@ -1,4 +1,4 @@
-"""Our engine, stepped in this process with every adapter loaded; a step takes as many tokens as vLLM's is allowed to."""
+"""Our engine, stepped in this process with every adapter loaded; a step takes as many tokens as vLLM's may."""
 
 import resource
 import statistics

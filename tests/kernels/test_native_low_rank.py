@@ -137,3 +137,15 @@ def test_what_would_be_read_or_written_amiss_is_refused_by_name() -> None:
         low_rank(y, x, pool._replace(mid_scale=scale.double()), plan)
     with pytest.raises(ValueError, match="ys: 0 and 1 share memory"):
         low_rank_group([y, y], x, [pool, pool], [plan, plan])
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize(("k", "n", "rank"), [(2 * TILE, TILE + 64, 16), (TILE + 37, 100, 7)])
+def test_a_row_comes_out_alike_alone_and_among_others_of_its_adapter(
+    dtype: torch.dtype, k: int, n: int, rank: int
+) -> None:
+    y, x, a, b, scale = tensors(ROWS + 3, k, n, dtype)
+    pool, ranks = RankPool(a, b, scale / k**0.5), tuple(range(rank))
+    together = low_rank(y.clone(), x, pool, LowRankPlan([LowRankSegment(0, len(x), ranks)], CPU))
+    one_by_one = [LowRankSegment(i, i + 1, ranks) for i in range(len(x))]
+    assert torch.equal(low_rank(y.clone(), x, pool, LowRankPlan(one_by_one, CPU)), together)

@@ -76,17 +76,18 @@ def test_a_rows_nan_and_infinity_stay_in_it() -> None:
     assert torch.equal(got[others], clean[others])
 
 
-def test_what_does_not_fit_is_refused() -> None:
-    packed, x = PackedWeight(made(1, 72, 64)), made(0, 4, 64)
-    for wrong in (made(0, 4, 62), x.float()):
+@pytest.mark.parametrize("rows", [4, 80])
+def test_what_does_not_fit_is_refused(rows: int) -> None:
+    packed, x = PackedWeight(made(1, 72, 64)), made(0, rows, 64)
+    for wrong in (made(0, rows, 62), x.float()):
         with pytest.raises(ValueError, match="x, bias, residual"):
             packed.linear(wrong)
     with pytest.raises(ValueError, match="x, bias, residual"):
         packed.linear(x, made(0, 71))
     with pytest.raises(ValueError, match="x, bias, residual"):
-        packed.linear(x, residual=made(0, 3, 72))
+        packed.linear(x, residual=made(0, rows - 1, 72))
     with pytest.raises(ValueError, match="x, bias, residual"):
-        packed.linear(x, residual=made(0, 4, 72).half())
+        packed.linear(x, residual=made(0, rows, 72).half())
 
 
 # Of the compiled kernel alone: where the CPU has not its instruction, it is never asked.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chorus.kernels import Norm, PackedWeight, residual_norm, silu_mul
+from chorus.kernels.native import packed_linear as native
 from chorus.kernels.native.tape import Memory, Tapes
 from support.rows import noise
 
@@ -70,8 +71,15 @@ def test_what_recording_computes_counts() -> None:
 
 
 def test_threads_change_no_bit_of_a_replay() -> None:
-    run, x = model(), noise(0, 16, WIDTH).bfloat16()
-    replay, threads = Tapes()(lambda: run(x)), torch.get_num_threads()
+    weight, x = PackedWeight(noise(1, 1024, 1024).bfloat16() / 32), noise(0, 16, 1024).bfloat16()
+
+    def run() -> Tensor:  # each product is two threads' work, and needs all of the one before
+        out = x
+        for _ in range(20):
+            out = weight.linear(out)
+        return out
+
+    replay, threads = Tapes()(run), torch.get_num_threads()
     try:
         outcomes = []
         for count in (1, 2, 3):
@@ -92,21 +100,23 @@ def test_tapes_that_share_memory_do_not_disturb_each_other() -> None:
             assert torch.equal(replay(), run(x))
 
 
-def test_kernels_results_take_no_more_memory_the_deeper_a_model_is() -> None:
-    norm, x = Norm("rms", noise(0, WIDTH).bfloat16(), 1e-6), noise(1, 16, WIDTH).bfloat16()
-
-    def held(depth: int) -> int:
-        def run() -> Tensor:
-            out = x
-            for _ in range(depth):
-                out = residual_norm(out, None, norm)
-            return out
-
-        tapes = Tapes()
-        tapes(run)
+def test_a_deeper_model_and_more_tapes_take_no_more_memory() -> None:
+    def held(layers: int, recordings: int) -> int:
+        tapes, run, x = Tapes(), model(layers), noise(0, 16, WIDTH).bfloat16()
+        replays = [tapes(lambda: run(x)) for _ in range(recordings)]
+        assert all(torch.equal(replay(), run(x)) for replay in replays)
         return tapes.memory.held
 
-    assert held(2) == held(100) > 0
+    assert held(2, 1) == held(12, 1) == held(2, 4) > 0
+
+
+@pytest.mark.parametrize("rows", [16, 65])
+def test_products_that_onednn_computes_are_recorded(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "MOST_ROWS", 0)
+    run, x = model(), noise(0, rows, WIDTH).bfloat16()
+    replay = Tapes()(lambda: run(x))
+    x.add_(1)
+    assert torch.equal(replay(), run(x))
 
 
 def test_a_block_is_free_once_no_view_of_it_is_left() -> None:

@@ -92,7 +92,9 @@ class AttentionPlan:
         if not rows or rows[-1].end != self.tokens:
             raise ValueError(f"rows: they end at {rows[-1].end if rows else 0}, the plan's at {self.tokens}")
         made = {(group, window): self._made(rows, group, window) for group, window in self._tables}
-        if not self.runs_triton and self.on_cpu.decode_rows is not None:
+        if self.runs_triton:
+            self.__dict__.pop("on_cpu", None)
+        elif self.on_cpu.decode_rows is not None:
             self.on_cpu.decode_rows.rewrite(rows)
         self.rows = tuple(rows)
         self.highest_block = _highest_block(self.rows, self.block_size)

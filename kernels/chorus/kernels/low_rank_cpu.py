@@ -1,10 +1,9 @@
 """`low_rank` on a CPU: segments are work items of one compiled kernel (`native.low_rank`), all sites that read the same
-x in one call. Where that has no tiles, a segment with enough rows (prefill) to fill GEMMs of its own gets torch's.
+x in one call. A segment with enough rows (a long prompt's) to fill GEMMs of its own gets torch's.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
 
 # From this many rows on a segment gets GEMMs of its own, without tiles. The kernel's time over theirs (2 cores,
 # K = 1024, N = 1024 and 2816, rank 16, 1 and 4 segments): 0.2 to 0.5 at 16 rows, 0.4 to 0.9 at 64, 0.8 to 1.5 at 128.
-# With tiles it is 0.15 at 8 segments of 64 rows, and 1 at 512 rows of one adapter of rank 64.
-LONG_SEGMENT_ROWS = 64
+# With tiles it is 0.15 at 8 segments of 64 rows, about 1 at 256 rows of one, 1.3 to 1.7 at 512 and 2048.
+LONG_SEGMENT_ROWS, LONG_IN_TILES = 64, 512
 
 
 class Shared(NamedTuple):
@@ -34,25 +33,21 @@ class CpuSegments:
 
     def __init__(self, segments: Sequence[LowRankSegment]) -> None:
         self._used = [s for s in segments if s.start < s.end and s.pool_rows]
+        self._shared: dict[int, Shared] = {}
 
     def shared_out(self, dtype: torch.dtype) -> Shared:
         from chorus.kernels.native.low_rank import has_tiles  # numba is not everywhere
 
-        return self._all_native if has_tiles(dtype) else self._by_length
+        least = LONG_IN_TILES if has_tiles(dtype) else LONG_SEGMENT_ROWS
+        if least not in self._shared:
+            self._shared[least] = self._by_length(least)
+        return self._shared[least]
 
-    @cached_property
-    def _all_native(self) -> Shared:
-        return self._shared(self._used, ())
-
-    @cached_property
-    def _by_length(self) -> Shared:
-        long = [s for s in self._used if s.end - s.start >= LONG_SEGMENT_ROWS]
-        return self._shared([s for s in self._used if s.end - s.start < LONG_SEGMENT_ROWS], long)
-
-    @staticmethod
-    def _shared(short: Sequence[LowRankSegment], long: Sequence[LowRankSegment]) -> Shared:
+    def _by_length(self, least: int) -> Shared:
         from chorus.kernels.native.low_rank import ShortSegments
 
+        long = [s for s in self._used if s.end - s.start >= least]
+        short = [s for s in self._used if s.end - s.start < least]
         return Shared(
             ShortSegments.of(short) if short else None,
             tuple(LongSegment(s.start, s.end - s.start, _PoolRows.of(s.pool_rows), s.activation) for s in long),

@@ -33,9 +33,9 @@ class PackedWeight:
         Raises:
             ValueError: a tensor is of another dtype or does not fit the weight.
         """
+        self._check(x, bias, residual)
         if not 0 < x.numel() <= self._few_rows * self.shape[1]:
             return self._of_many_rows(x, bias, residual)
-        self._check(x, bias, residual)
         y = x.new_empty((*x.shape[:-1], self.shape[0]))
         assert self._address is not None
         self._multiply(_rows(y), _rows(x), self._address, bias, None if residual is None else _rows(residual))

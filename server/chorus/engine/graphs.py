@@ -98,7 +98,13 @@ class StaticStep:
             self.deltas = StaticPlans(pool, pool.linears_used[: shape.linears], shape.low_rank, device)
 
     def write(self, layout: Layout, is_long: Sequence[bool], drawn: Tensor | None = None) -> None:
-        """On the current stream and without waiting."""
+        """On the current stream and without waiting.
+
+        Raises:
+            ValueError: more than the shape holds, or a page that is none: what is recorded writes where it is told.
+        """
+        if any(max(row.blocks, default=0) > self._nobody[0] for row in layout.rows):
+            raise ValueError(f"rows: a block over {self._nobody[0]}, the last there is")
         inputs = torch.zeros(3, self._rows, dtype=torch.int64, pin_memory=self._inputs.is_cuda)
         inputs[:, : len(layout.rows)] = torch.tensor([layout.carried or layout.token_ids, layout.positions, is_long])
         self._inputs.copy_(inputs, non_blocking=True)

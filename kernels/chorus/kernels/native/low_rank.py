@@ -8,7 +8,7 @@
                                  rounded once                              -> y
 
 A and B are read where they lie, once for all rows of an item; the 4 rank rows that come next are fetched meanwhile.
-In bfloat16, where the CPU multiplies such numbers, several rows are done in tiles (`rank_tiles`): 8 segments of 64 rows
+In bfloat16, where the CPU multiplies such numbers, loops are those of `rank_tiles`: 8 segments of 64 rows
 take 12 ms instead of 55 at the 84 linears of a 144M Llama, and 75 with torch's GEMMs.
 """
 # numba compiles what it sees, whatever the types say.
@@ -32,7 +32,9 @@ from chorus.kernels.native.rank_tiles import (
     SHRINK_RANKS,
     SHRINK_ROWS,
     SHRINK_STEP,
+    expand_row,
     expand_tile,
+    shrink_row,
     shrink_tile,
 )
 from chorus.kernels.native.team import EDITION, Compiled
@@ -98,7 +100,7 @@ def low_rank(x: Tensor, sites: Sequence[NativeSite]) -> None:
 
 @cache
 def has_tiles(dtype: torch.dtype) -> bool:
-    """Whether long segments are done as fast as by GEMMs."""
+    """Whether its loops are those of `rank_tiles`."""
     return dtype == torch.bfloat16 and cpu_has_them()
 
 
@@ -138,8 +140,8 @@ def _kernel(held: type) -> Compiled:
             about = carray(pointer(table_at + 4 * (_FIRST + _ITEM * item)), (_ITEM,), np.int32)
             start, rows, ranks = numba.int64(about[0]), numba.int64(about[1]), numba.int64(about[3])
             own = carray(pointer(table_at + 4 * (_FIRST + _ITEM * own_items + about[2])), (ranks,), np.int32)
-            if tiled and rows > 1 and not by_id:
-                _shrink_tiled(middle, x_at + size * start * k, a_at, own, rows, k)
+            if tiled and not by_id:
+                _shrink_tiled(middle, x_at + size * start * k, a_at, b_at, own, rows, k, n)
             elif by_id:
                 _look_up(middle, x_at, a_at, held, size, own, start, rows, k)
             else:
@@ -147,7 +149,9 @@ def _kernel(held: type) -> Compiled:
                     _widen(xs[g], _numbers(x_at, held, size, (start + g) * k, k))
                 _shrink(middle, xs, weights, a_at, b_at, held, size, own, rows, k, n)
             _between(middle, rows, own, scale_at, bias_at, about[4])
-            if tiled and rows > 1:
+            if tiled and rows == 1 and n % EXPAND_COLUMNS == 0 and ranks % SHRINK_RANKS == 0:
+                _expand_row(sums[0], middle[0], y_at + size * start * y_stride, b_at, own, n)
+            elif tiled:
                 _expand_tiled(middle, y_at + size * start * y_stride, y_stride, b_at, own, rows, n)
             else:
                 _expand(sums, middle, weights, y_at + size * start * y_stride, y_stride, b_at, held, size, own, rows, n)
@@ -211,17 +215,24 @@ def _expand(sums, middle, weights, y_at, y_stride, b_at, held, size, own, rows, 
 
 
 @numba.njit(**OPTIONS)
-def _shrink_tiled(middle, x_at, a_at, own, rows, k):
-    """middle [rows, ranks] = x [rows, K] times A's rows, in bfloat16; what 32 does not divide of K number by number."""
+def _shrink_tiled(middle, x_at, a_at, b_at, own, rows, k, n):
+    """middle [rows, ranks] = x [rows, K] times A's rows, in bfloat16; what 32 does not divide of K number by number.
+
+    Of one row the next rank rows are fetched between products, and the first of B behind the last.
+    """
     ranks, steps, out = len(own), k // SHRINK_STEP, np.empty((SHRINK_ROWS, SHRINK_RANKS), np.float32)
-    rank_rows = _addresses(a_at, own, k)
+    rank_rows = _addresses(a_at, own, k, b_at, n, 0)
     for r in range(0, ranks, SHRINK_RANKS):
-        _fetch(a_at, own, r + SHRINK_RANKS, 2 * k, 0, 2 * k)
+        if rows > 1:
+            _fetch(a_at, own, r + SHRINK_RANKS, 2 * k, 0, 2 * k)
         for g in range(0, rows, SHRINK_ROWS):
-            shrink_tile(
-                x_at + 2 * g * k, 2 * k, rows - 1 - g, rank_rows.ctypes.data + 8 * r, ranks - 1 - r, steps,
-                out.ctypes.data,
-            )  # fmt: skip
+            group_at = rank_rows.ctypes.data + 8 * r
+            if rows == 1 and r + SHRINK_RANKS <= ranks:
+                shrink_row(x_at, group_at, group_at + 8 * SHRINK_RANKS, steps, out.ctypes.data)
+            else:
+                shrink_tile(
+                    x_at + 2 * g * k, 2 * k, rows - 1 - g, group_at, ranks - 1 - r, steps, out.ctypes.data
+                )  # fmt: skip
             for row in range(min(SHRINK_ROWS, rows - g)):
                 for rank in range(min(SHRINK_RANKS, ranks - r)):
                     x = carray(pointer(x_at + 2 * (g + row) * k), (k,), np.uint16)
@@ -232,9 +243,29 @@ def _shrink_tiled(middle, x_at, a_at, own, rows, k):
 
 
 @numba.njit(**OPTIONS)
+def _expand_row(sums, middle, y_at, b_at, own, n):
+    """y [N] += middle [ranks] times B's rows, in bfloat16; 32 divides N and 4 the ranks. The next rank rows are fetched
+    between products."""
+    rank_rows = _addresses(b_at, own, n, b_at, n, 2 * TILE)
+    for low in range(0, n, TILE):
+        length = min(TILE, n - low)
+        y = carray(pointer(y_at + 2 * low), (length,), np.uint16)
+        _widen(sums, y)
+        for r in range(0, len(own), SHRINK_RANKS):
+            group_at = rank_rows.ctypes.data + 8 * r
+            expand_row(
+                sums.ctypes.data, middle.ctypes.data + 4 * r, group_at, group_at + 8 * SHRINK_RANKS,
+                2 * low, length // EXPAND_COLUMNS,
+            )  # fmt: skip
+        for j in range(length):
+            y[j] = narrow(sums[j], y[j])
+
+
+@numba.njit(**OPTIONS)
 def _expand_tiled(middle, y_at, y_stride, b_at, own, rows, n):
     """y [rows, N] += middle [rows, ranks] times B's rows, in bfloat16; the last columns number by number."""
-    ranks, rank_rows, whole = len(own), _addresses(b_at, own, n), n // EXPAND_COLUMNS * EXPAND_COLUMNS
+    ranks, whole = len(own), n // EXPAND_COLUMNS * EXPAND_COLUMNS
+    rank_rows = _addresses(b_at, own, n, b_at, n, 0)
     for low in range(0, whole, EXPAND_COLUMNS):
         for g in range(0, rows, EXPAND_ROWS):
             expand_tile(
@@ -252,11 +283,13 @@ def _expand_tiled(middle, y_at, y_stride, b_at, own, rows, n):
 
 
 @numba.njit(**INLINE)
-def _addresses(at, own, width):
-    """Of the rank rows, in bfloat16."""
-    addresses = np.empty(len(own), np.int64)
+def _addresses(at, own, width, next_at, next_width, offset):
+    """Of the rank rows, in bfloat16, then of what to fetch after them: the next pool's first ones, from `offset` on."""
+    addresses = np.empty(len(own) + SHRINK_RANKS, np.int64)
     for r in range(len(own)):
         addresses[r] = at + 2 * own[r] * width
+    for r in range(SHRINK_RANKS):
+        addresses[len(own) + r] = next_at + 2 * own[min(r, len(own) - 1)] * next_width + offset
     return addresses
 
 

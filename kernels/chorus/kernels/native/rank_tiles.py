@@ -1,7 +1,11 @@
-"""The innermost loops of `low_rank` for several rows of one adapter in bfloat16, in registers.
+"""The innermost loops of `low_rank` in bfloat16, in registers.
 
-shrink    4 rows of x times 4 rank rows of A    32 numbers of K at a time, 16 sums, each over lanes at the end
-expand    8 rows of y, 32 columns, 16 sums      one rank row of B at a time, widened once for all 8
+    shrink_tile    4 rows of x, 4 rank rows of A     32 numbers of K at a time, 16 sums, each over lanes at the end
+    expand_tile    8 rows of y, 32 columns           16 sums, one rank row of B at a time, widened once for all 8
+    shrink_row     1 row of x, 4 rank rows of A      the same sums in the same order; memory is what it waits for, so
+    expand_row     1 row of sums, 4 rank rows of B   the next rank rows are fetched between products
+
+A row comes out alike, to the bit, alone and among others of its adapter.
 """
 # numba's decorators have no types.
 # mypy: disable-error-code="untyped-decorator"
@@ -108,4 +112,59 @@ def _build_expand(context: Any, builder: Any, signature: Any, arguments: Any) ->
                 builder.store(multiply_add(builder, m, b[v], builder.load(sums[row, v])), sums[row, v])
     for place, at in places.items():
         store_narrowed(builder, builder.load(sums[place]), at)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def shrink_row(typing: Any, x_at: Any, a_rows_at: Any, next_rows_at: Any, steps: Any, out_at: Any) -> Any:
+    """out [4], float32 = x [32 steps] times four rank rows, while four others are fetched from memory."""
+    return types.void(*[types.int64] * 5), _build_shrink_row
+
+
+def _build_shrink_row(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    x_at, a_rows_at, next_rows_at, steps, out_at = arguments
+    zero = ir.Constant(SUMS, [0.0] * 16)
+    sums = [cgutils.alloca_once_value(builder, zero) for _ in range(SHRINK_RANKS)]
+    ranks = [load(builder, builder.add(a_rows_at, INT64(8 * rank)), INT64, 8) for rank in range(SHRINK_RANKS)]
+    others = [load(builder, builder.add(next_rows_at, INT64(8 * rank)), INT64, 8) for rank in range(SHRINK_RANKS)]
+    with cgutils.for_range(builder, steps) as loop:
+        offset = builder.mul(INT64(2 * SHRINK_STEP), loop.index)
+        x = load(builder, builder.add(x_at, offset), PAIRS, 2)
+        for rank in range(SHRINK_RANKS):
+            ask_for(builder, builder.add(others[rank], offset))
+            a = load(builder, builder.add(ranks[rank], offset), PAIRS, 2)
+            builder.store(dot(builder, builder.load(sums[rank]), x, a), sums[rank])
+    for rank in range(SHRINK_RANKS):
+        total = sum_of_lanes(builder, builder.load(sums[rank]))
+        store(builder, total, builder.add(out_at, INT64(4 * rank)), 4)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def expand_row(
+    typing: Any, sums_at: Any, middle_at: Any, b_rows_at: Any, next_rows_at: Any, offset: Any, steps: Any
+) -> Any:
+    """sums [32 steps], float32 += middle [4] times four rank rows from `offset` on, while four others are fetched."""
+    return types.void(*[types.int64] * 6), _build_expand_row
+
+
+def _build_expand_row(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    sums_at, middle_at, b_rows_at, next_rows_at, offset, steps = arguments
+    each = range(SHRINK_RANKS)
+    middle = [float_in_every_lane(builder, builder.add(middle_at, INT64(4 * rank))) for rank in each]
+    ranks, others = (
+        [builder.add(load(builder, builder.add(at, INT64(8 * rank)), INT64, 8), offset) for rank in each]
+        for at in (b_rows_at, next_rows_at)
+    )
+    with cgutils.for_range(builder, steps) as loop:
+        at = builder.mul(INT64(64), loop.index)
+        for rank in each:
+            ask_for(builder, builder.add(others[rank], at))
+        for v in range(2):
+            place = builder.add(builder.add(sums_at, builder.mul(INT64(128), loop.index)), INT64(64 * v))
+            total = load(builder, place, SUMS, 4)
+            for rank in each:
+                b = load_widened(builder, builder.add(builder.add(ranks[rank], at), INT64(32 * v)))
+                total = multiply_add(builder, middle[rank], b, total)
+            store(builder, total, place, 4)
     return context.get_dummy_value()

@@ -35,6 +35,7 @@ _ALLOCATIONS = frozenset(
         torch.ops.aten.new_empty.default,
     }
 )
+_MADE_OF_NUMBERS = frozenset({torch.ops.aten.lift_fresh.default, torch.ops.aten.detach_.default})  # by torch.tensor
 _READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _LINE = 64  # bytes that a cache has at a time
 
@@ -54,7 +55,7 @@ class Tapes:
         recording = _Recording(self.memory)
         with told_of_calls(recording.note), recording:
             out = run()
-        return _Replay(recording.parts(), out, (self.memory, *recording.constants))
+        return _Replay(recording.parts(), self.memory.unowned(out), (self.memory, *recording.constants))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = {}
+        self._blocks: dict[int, np.ndarray] = {}  # by address
         self.held = 0
         """Bytes of all blocks."""
 
@@ -92,11 +94,21 @@ class Memory:
         weakref.finalize(used, free.append, block).atexit = False
         return torch.frombuffer(used, dtype=like.dtype).as_strided(like.shape, like.stride())
 
+    def unowned(self, tensor: Tensor) -> Tensor:
+        """The same numbers as a tensor that keeps no block from being free; a tensor of other memory itself."""
+        block = self._blocks.get(_storage(tensor) or 0)
+        if block is None:
+            return tensor
+        numbers = torch.frombuffer(block, dtype=tensor.dtype)
+        return numbers.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
     def _new(self, size: int) -> np.ndarray:
         memory = np.empty(size + _LINE, np.uint8)
         self.held += len(memory)
         begin = -memory.ctypes.data % _LINE
-        return memory[begin : begin + size]
+        block = memory[begin : begin + size]
+        self._blocks[block.ctypes.data] = block
+        return block
 
 
 class _Recording(TorchDispatchMode):
@@ -118,26 +130,32 @@ class _Recording(TorchDispatchMode):
         return parts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        ask = partial(func, *args, **(kwargs or {}))
         if any(tag in func.tags for tag in _READS):
             raise RuntimeError(f"{func} reads a tensor's numbers")
-        out = ask()
+        out = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
             return self._memory.empty(out)
-        if func._schema.is_mutable:
-            self._steps.append(ask)
+        if func in _MADE_OF_NUMBERS:
+            self.constants.append(out)  # kernels may have its address
             return out
-        if func is torch.ops.aten.lift_fresh.default:
-            self.constants.append(out)  # made of Python's numbers: kernels may have its address
-        given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         results = tree_leaves(out)
         if not all(isinstance(result, Tensor) for result in results):
             raise RuntimeError(f"{func} reads a tensor's numbers")
-        if all(_storage(result) in given for result in results):
+        changes = func._schema.is_mutable
+        if not changes and {_storage(result) for result in results} <= {_storage(tensor) for tensor in given}:
             return out  # views
+        unowned = self._unowned
+        again = partial(func, *unowned(args), **unowned(kwargs or {}))
+        if changes:
+            self._steps.append(again)
+            return out
         kept = tree_map(lambda new: self._memory.empty(new).copy_(new), out)
-        self._steps.append(partial(_compute_again, ask, tree_leaves(kept)))
+        self._steps.append(partial(_compute_again, again, tree_leaves(unowned(kept))))
         return kept
+
+    def _unowned(self, tree: Any) -> Any:
+        return tree_map(lambda leaf: self._memory.unowned(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _compute_again(ask: Callable[[], object], kept: Sequence[Tensor]) -> None:
@@ -145,5 +163,6 @@ def _compute_again(ask: Callable[[], object], kept: Sequence[Tensor]) -> None:
         tensor.copy_(result)
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _storage(tensor: Tensor) -> int | None:
+    """Where its memory begins; None of a weight that oneDNN has packed."""
+    return None if tensor.is_mkldnn else tensor.untyped_storage().data_ptr()

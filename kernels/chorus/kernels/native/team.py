@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 Kernel = Callable[[Any], None]
 
-_SHARED = ("numbers.py", "vectors.py", "dot_tile.py", "rank_tiles.py")
+_SHARED = ("numbers.py", "vectors.py", "dot_tile.py", "rank_tiles.py", "../types.py")
 EDITION = int.from_bytes(
-    sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in _SHARED)).digest()[:7], "big"
+    sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SHARED)).digest()[:7], "big"
 )
 """What a kernel compares its arguments' edition with, which makes it part of the key under which compiled code is kept:
 numba itself looks only at the file that a kernel is in, and would go on with what it shares as that was before."""
@@ -78,7 +78,7 @@ class Compiled:
 
 def team_size() -> int:
     """How many threads `run_unlocked` takes."""
-    return 1 if _parallel is None else torch.get_num_threads()
+    return torch.get_num_threads() if _parallel is not None and BARRIER else 1
 
 
 class _Listener(threading.local):

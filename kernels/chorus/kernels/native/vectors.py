@@ -3,7 +3,7 @@
 from typing import Any
 
 from llvmlite import binding, ir
-from numba.core import cgutils
+from numba.core import cgutils, config
 
 INT64 = ir.IntType(64)
 _INT32, _INT16 = ir.IntType(32), ir.IntType(16)
@@ -28,7 +28,9 @@ _WORDS, _SHORTS, _HALF = ir.VectorType(_INT32, 16), ir.VectorType(_INT16, 16), i
 
 
 def cpu_has_them() -> bool:
-    """Whether this CPU has the instructions, and not AMX, for which oneDNN knows a better way."""
+    """Whether numba compiles for a CPU that has the instructions, and not AMX, for which oneDNN knows a better way."""
+    if config.CPU_NAME or config.CPU_FEATURES:  # NUMBA_CPU_NAME: for another one
+        return False
     features = binding.get_host_cpu_features()
     return bool(features.get("avx512bf16")) and not features.get("amx-bf16")
 
