@@ -87,8 +87,8 @@ class TestAttentionPlanOfACpu:
     def attended(self, plan: AttentionPlan, window: int | None = None) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         query = torch.randn(3, 4, 16, generator=generator)
-        caches = [torch.randn(self.CAPACITY.pages, 2, BLOCK, 16, generator=generator) for _ in range(2)]
-        return paged_attention(query, *caches, plan, scale=0.25, window=window)
+        k_cache, v_cache = (torch.randn(self.CAPACITY.pages, 2, BLOCK, 16, generator=generator) for _ in range(2))
+        return paged_attention(query, k_cache, v_cache, plan, scale=0.25, window=window)
 
     @pytest.mark.parametrize("contexts", [(1, 1, 1), (2500, 600, 5), (512, 513, 1024), (5, 4064, 16)])
     def test_attends_as_a_new_plan_does_from_the_old_place(self, contexts: tuple[int, int, int]) -> None:
@@ -157,8 +157,13 @@ class TestStaticLowRankOfACpu:
         static = StaticLowRank(4, self.CAPACITY, CPU)
         nothing = self.added(LowRankPlan((), CPU))
         assert all(torch.equal(self.added(plan), nothing) for plan in static.plans)
-        batches = [(), self.ONE, self.OTHER]
-        steps = [(batches, [0, 1, 2, 1]), (batches, [1, 2, 1, 0]), ([self.FEWER], [0] * 4), ([()], [0] * 4)]
+        batches: list[tuple[LowRankSegment, ...]] = [(), self.ONE, self.OTHER]
+        steps: list[tuple[list[tuple[LowRankSegment, ...]], list[int]]] = [
+            (batches, [0, 1, 2, 1]),
+            (batches, [1, 2, 1, 0]),
+            ([self.FEWER], [0] * 4),
+            ([()], [0] * 4),
+        ]
         for made, batch_of in steps:
             static.rewrite(made, batch_of)
             for plan, which in zip(static.plans, batch_of, strict=True):
