@@ -13,6 +13,8 @@ from support.rows import noise
 # Rows of one tile, of several, of the kernel's most and of more; columns and depths that fill panels and that do not.
 ROWS = (1, 7, 8, 9, 16, 63, 64, 65, 200)
 SHAPES = ((64, 64), (40, 64), (200, 100), (1000, 66), (72, 1024), (128, 33), (8, 2))
+# What only the compiled kernel promises. Where it never runs, these are said to be skipped.
+of_the_kernel = pytest.mark.skipif(not cpu_has_them(), reason="needs a CPU with AVX512_BF16 and without AMX")
 
 
 def made(seed: int, *shape: int) -> torch.Tensor:
@@ -90,11 +92,6 @@ def test_what_does_not_fit_is_refused(rows: int) -> None:
         packed.linear(x, residual=made(0, rows, 72).half())
 
 
-# Of the compiled kernel alone: where the CPU has not its instruction, it is never asked.
-
-here = pytest.mark.parametrize("packs", [True] if cpu_has_them() else [])
-
-
 def test_the_kernel_reads_what_onednn_packs_wherever_it_runs() -> None:
     for n, k in SHAPES:
         weight = made(1, n, k)
@@ -112,8 +109,8 @@ def test_a_layout_that_is_not_the_kernels_is_left_to_onednn() -> None:
         assert native.address_of(packed, other) is None
 
 
-@here
-def test_threads_change_no_bit(packs: bool) -> None:
+@of_the_kernel
+def test_threads_change_no_bit() -> None:
     weight, x = made(1, 1000, 66), made(0, 40, 66)
     packed, threads = PackedWeight(weight), torch.get_num_threads()
     try:
@@ -126,16 +123,16 @@ def test_threads_change_no_bit(packs: bool) -> None:
     assert all(torch.equal(outcome, outcomes[0]) for outcome in outcomes)
 
 
-@here
-def test_a_row_comes_out_alike_in_any_batch(packs: bool) -> None:
+@of_the_kernel
+def test_a_row_comes_out_alike_in_any_batch() -> None:
     packed, x = PackedWeight(made(1, 200, 1030)), made(0, 64, 1030)
     together = packed.linear(x)
     for rows in (1, 9, 31):
         assert torch.equal(packed.linear(x[-rows:]), together[-rows:])
 
 
-@here
-def test_nothing_beside_y_is_written(packs: bool) -> None:
+@of_the_kernel
+def test_nothing_beside_y_is_written() -> None:
     weight, x = made(1, 72, 64), made(0, 5, 64)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
     at = native.address_of(packed, weight)
