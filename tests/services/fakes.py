@@ -40,6 +40,7 @@ from chorus.engine.messages import (
 from chorus.errors import ChorusError
 from chorus.models.facts import BaseFacts
 from chorus.models.sites import Site
+from chorus.v1.generate_pb2 import GenerateResponse
 
 EOS = 256
 SITE = Site("model.layers.0.self_attn.q_proj", 16, 16)
@@ -89,8 +90,24 @@ def says(text: str, *, finish: FinishReason = FinishReason.STOP, pause_s: float 
     return reply
 
 
-def interleaved(*texts: str, finish: FinishReason = FinishReason.STOP) -> Reply:
-    """Answers output i with the bytes of text i, all outputs a token a step, each until it ends or is aborted."""
+def says_to(heard: Sequence[GenerateResponse], text: str) -> Reply:
+    """Answers as `says`, each token once the one before it has come to `heard`, however slow the machine is."""
+
+    def reply(submit: Submit, engine: "FakeEngine") -> Iterator[Event | float]:
+        yield Started(submit.request_id, time.monotonic(), 0.0)
+        for told, token in enumerate([*text.encode(), EOS]):
+            while sum(len(message.token_ids) for message in heard) < told:
+                yield 0.001
+            yield Tokens(submit.request_id, (token,), FinishReason.STOP if token == EOS else None)
+
+    return reply
+
+
+def interleaved(*texts: str, finish: FinishReason = FinishReason.STOP, then_endless: Sequence[int] = ()) -> Reply:
+    """Answers output i with the bytes of text i, all outputs a token a step, each until it ends or is aborted.
+
+    Outputs in `then_endless` go on after their text.
+    """
 
     def reply(submit: Submit, engine: "FakeEngine") -> Iterator[Event | float]:
         yield Started(submit.request_id, time.monotonic(), 0.0)
@@ -99,6 +116,8 @@ def interleaved(*texts: str, finish: FinishReason = FinishReason.STOP) -> Reply:
             events = []
             for index, ids in list(left.items()):
                 token = ids.pop(0)
+                if index in then_endless and len(ids) < 2:
+                    ids.append(ord("x"))
                 events.append(Tokens(submit.request_id, (token,), None if ids else finish, index))
                 if not ids or engine.has_aborted(submit.request_id, index):
                     del left[index]

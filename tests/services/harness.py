@@ -39,10 +39,15 @@ class Rig:
         return await self.admin.CreateAdapterVersion(upload(parent, files, **options))
 
     async def generate(self, **fields: Any) -> list[generate_pb2.GenerateResponse]:
+        heard: list[generate_pb2.GenerateResponse] = []
+        await self.hear(heard, **fields)
+        return heard
+
+    async def hear(self, heard: list[generate_pb2.GenerateResponse], **fields: Any) -> None:
+        """Generates; each message is in `heard` once it is here."""
         fields = fields if {"token_ids", "messages"} & fields.keys() else {"text": "hello"} | fields
-        return [
-            message async for message in self.inference.Generate(generate_pb2.GenerateRequest(**fields), timeout=20)
-        ]
+        async for message in self.inference.Generate(generate_pb2.GenerateRequest(**fields), timeout=20):
+            heard.append(message)  # noqa: PERF401 - others read it meanwhile
 
 
 MakeRig = Callable[..., Awaitable[Rig]]

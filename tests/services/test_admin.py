@@ -232,6 +232,7 @@ async def test_prefetch_without_room_ends_with_a_time_to_come_back(rig: Rig, mon
     seen = await refused(rig.admin.PrefetchVersion(adapters_pb2.PrefetchVersionRequest(name=version.name)))
     assert (seen.code, seen.reason) == ("RESOURCE_EXHAUSTED", "NO_ADAPTER_ROOM")
     assert seen.retry_after_s is not None
+    monkeypatch.undo()
     rig.engine.loads_answered = True
     await rig.admin.PrefetchVersion(adapters_pb2.PrefetchVersionRequest(name=version.name))
 

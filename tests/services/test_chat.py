@@ -1,5 +1,6 @@
 """Dialogues over a real port: what the engine gets is what transformers' `apply_chat_template` gives."""
 
+import asyncio
 import json
 import time
 from dataclasses import replace
@@ -232,18 +233,18 @@ async def test_template_that_no_server_should_run_is_refused_when_it_is_pushed(
 async def test_runaway_template_is_ended_and_others_are_served(
     make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("chorus.services.chat.TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr("chorus.services.chat.TEMPLATE_SECONDS", 1.0)
     rig = await make_rig(tokenizer=tokenizer_that_adds_a_token(BASE))
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     await rig.publish(ADAPTER, task={"chat_template": loops})
     began = time.monotonic()
-    for _ in range(3):
-        seen = await refusal(rig, ADAPTER)
+    # More than there are threads for templates.
+    for seen in await asyncio.gather(*(refusal(rig, ADAPTER) for _ in range(3))):
         assert (seen.code, seen.message) == (
             "INVALID_ARGUMENT",
-            "messages: the chat template ran for over 0.2 s with them",
+            "messages: the chat template ran for over 1 s with them",
         )
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     assert await chat(rig) == expected()
 
 
@@ -254,14 +255,18 @@ async def test_dialogue_over_the_context_is_refused_with_the_limit(rig: Rig, con
     assert "512" in seen.message
 
 
-async def test_template_that_writes_without_end_is_stopped_as_soon_as_it_is_too_long(rig: Rig) -> None:
+async def test_template_that_writes_without_end_is_stopped_as_soon_as_it_is_too_long(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chorus.services.chat.TEMPLATE_SECONDS", 60.0)
+    rig = await make_rig(tokenizer=tokenizer_that_adds_a_token(BASE))
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}"
     template = loops + "{{ messages[0].content }}" + "{% endfor %}" * 2
     await rig.publish(ADAPTER, task={"chat_template": template})
     began = time.monotonic()
     seen = await refusal(rig, ADAPTER)
     assert (seen.code, seen.reason) == ("INVALID_ARGUMENT", "PROMPT_TOO_LONG")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10  # some milliseconds here
 
 
 async def test_template_that_changed_on_disk_is_data_loss(rig: Rig) -> None:

@@ -159,12 +159,13 @@ async def test_sigterm_drains_and_the_server_ends_well(rig: Rig) -> None:
     assert "".join(m.text for m in await running) == "to the end"
 
 
-async def test_close_is_quick_although_somebody_watches_health(rig: Rig) -> None:
+async def test_close_is_quick_although_somebody_watches_health(make_rig: MakeRig) -> None:
+    rig = await make_rig(drain_grace_s=60.0)
     watch = rig.health.Watch(health_pb2.HealthCheckRequest())
     await anext(aiter(watch))
     began = time.monotonic()
     await rig.server.close()
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10  # one second here
 
 
 async def as_coroutine(call: object) -> object:

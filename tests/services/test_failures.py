@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 from random import Random
+from statistics import median
 from typing import Any
 
 import grpc
@@ -37,9 +38,12 @@ async def test_bug_in_a_streaming_handler_is_internal_with_an_id_and_no_text(
 
 async def test_stray_cancellation_ends_the_call_within_a_second(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CHORUS_FAILPOINTS", "inference.generate=cancel")
-    began = time.monotonic()
-    assert (await refused(rig.generate())).code == "INTERNAL"
-    assert time.monotonic() - began < 1
+    seconds = []
+    for _ in range(3):
+        began = time.monotonic()
+        assert (await refused(rig.generate())).code == "INTERNAL"
+        seconds.append(time.monotonic() - began)
+    assert median(seconds) < 1  # the machine may have stood still for one of them
 
 
 async def test_bug_in_a_client_streaming_handler_is_internal_too(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +143,7 @@ async def test_reader_that_stops_loses_its_own_stream_only(make_rig: MakeRig) ->
 
 
 async def test_reader_that_stops_holds_up_neither_a_deletion_nor_a_drain(make_rig: MakeRig) -> None:
-    rig = await make_rig(stream_queue_tokens=4096, tokenizer=None)
+    rig = await make_rig(stream_queue_tokens=4096, tokenizer=None, drain_grace_s=60.0)
     version = (await rig.publish("tenants/a/adapters/x")).version
     [folder] = rig.config.state_dir.glob(f"blobs/**/{version.digest}")
     rig.engine.reply = floods
@@ -154,7 +158,7 @@ async def test_reader_that_stops_holds_up_neither_a_deletion_nor_a_drain(make_ri
         began = time.monotonic()
         assert await rig.server.until_drained() == 0
         await rig.server.close()
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10  # one second here
         with pytest.raises(grpc.aio.AioRpcError):
             await read(unread)
 

@@ -9,7 +9,7 @@ import pytest
 
 from chorus.engine.messages import Abort, Event, Failed, FinishReason, Started, Submit, Tokens
 from chorus.v1 import generate_pb2
-from services.fakes import EOS, FakeEngine, never_ends, says, silent
+from services.fakes import EOS, FakeEngine, interleaved, never_ends, says, says_to, silent
 from services.harness import MakeRig, Rig, refused, until
 
 
@@ -53,15 +53,18 @@ async def test_a_request_is_salted_with_its_tenant(rig: Rig, tenant: str, adapte
 
 
 async def test_tokens_that_are_ready_together_come_in_one_message(rig: Rig) -> None:
+    messages: list[generate_pb2.GenerateResponse] = []
+
     def reply(submit: Submit, engine: FakeEngine) -> Iterator[Event | float]:
         yield Started(submit.request_id, time.monotonic(), 0.0)
         engine.post(*(Tokens(submit.request_id, (byte,)) for byte in b"first"))
-        yield 0.1
+        while not messages:
+            yield 0.001
         engine.post(*(Tokens(submit.request_id, (byte,)) for byte in b" then all"))
         yield Tokens(submit.request_id, (EOS,), FinishReason.STOP)
 
     rig.engine.reply = reply
-    messages = await rig.generate()
+    await rig.hear(messages)
     assert messages[0].text == "first"
     assert len(messages) <= 3
     assert "".join(m.text for m in messages) == "first then all"
@@ -77,24 +80,24 @@ async def test_first_message_comes_with_the_first_token(rig: Rig) -> None:
 
 async def test_characters_split_over_tokens_arrive_whole(rig: Rig) -> None:
     text = "größe 日本 🙂!"
-    rig.engine.reply = says(text, pause_s=0.002)
-    messages = await rig.generate()
+    messages: list[generate_pb2.GenerateResponse] = []
+    rig.engine.reply = says_to(messages, text)
+    await rig.hear(messages)
     assert "".join(m.text for m in messages) == text
     assert all("�" not in m.text for m in messages)
-    assert len(messages) > 3
+    assert len(messages) == len(text.encode()) + 1
 
 
 async def test_stop_string_ends_the_stream_and_aborts_the_engine(rig: Rig) -> None:
-    def reply(submit: Submit, engine: FakeEngine) -> Iterator[Event | float]:
-        yield from says("one STOP two", pause_s=0.001)(submit, engine)
-        yield from never_ends(submit, engine)
-
-    rig.engine.reply = reply
+    rig.engine.reply = interleaved("one STOP two", then_endless=[0])
     messages = await rig.generate(sampling=generate_pb2.SamplingParams(stop=["STOP"], max_tokens=100))
     assert "".join(m.text for m in messages) == "one "
     assert messages[-1].finish_reason == generate_pb2.FINISH_REASON_STOP_STRING
     assert messages[-1].usage.completion_tokens == len("one STOP")
     assert sum(len(m.token_ids) for m in messages) == len("one STOP")
+    [submit] = rig.engine.sent(Submit)
+    assert isinstance(submit, Submit)
+    assert rig.engine.has_aborted(submit.request_id)
 
 
 async def test_token_that_ends_the_answer_has_no_text(rig: Rig) -> None:
@@ -134,16 +137,23 @@ async def test_call_cancelled_before_its_first_token_is_aborted_too(rig: Rig) ->
 
 
 async def test_deadline_reaches_the_engine_and_ends_the_call(rig: Rig) -> None:
-    rig.engine.reply = silent
+    heard_at: list[float] = []
+
+    def reply(submit: Submit, engine: FakeEngine) -> Iterator[Event | float]:
+        heard_at.append(time.monotonic())
+        return iter(())
+
+    rig.engine.reply = reply
     began = time.monotonic()
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        async for _ in rig.inference.Generate(generate_pb2.GenerateRequest(text="x"), timeout=0.3):
+        async for _ in rig.inference.Generate(generate_pb2.GenerateRequest(text="x"), timeout=1.0):
             pass
     assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     submit = rig.engine.sent(Submit)[0]
     assert isinstance(submit, Submit)
     assert submit.deadline is not None
-    assert submit.deadline == pytest.approx(began + 0.3, abs=0.1)
+    # A second after the server had the call, which was at some time between these two.
+    assert began + 1.0 - 0.1 < submit.deadline < heard_at[0] + 1.0 + 0.1
     await until(lambda: bool(rig.engine.sent(Abort)))
 
 

@@ -78,7 +78,7 @@ async def test_outputs_take_turns(rig: Rig) -> None:
 
 
 async def test_stop_string_ends_its_own_output_only(rig: Rig) -> None:
-    rig.engine.reply = interleaved("one STOP two three four five", "no such word here, to the end")
+    rig.engine.reply = interleaved("one STOP two", "no such word here, to the end", then_endless=[0])
     outputs = by_index(await generate(rig, n=2, stop=["STOP"], max_tokens=100))
     assert text(outputs[0]) == "one "
     assert outputs[0][-1].finish_reason == generate_pb2.FINISH_REASON_STOP_STRING

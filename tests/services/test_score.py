@@ -89,7 +89,7 @@ async def test_deadline_reaches_the_engine_and_ends_the_call(rig: Rig) -> None:
     rig.engine.reply = silent
     request = tasks_pb2.ScoreRequest(prompt="a", continuations=["b"])
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        await rig.inference.Score(request, timeout=0.2)
+        await rig.inference.Score(request, timeout=1.0)
     assert error.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     assert submits(rig)[0].deadline is not None
     await until(lambda: bool(rig.engine.sent(Abort)))

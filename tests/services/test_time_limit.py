@@ -13,7 +13,7 @@ from chorus.services.time_limit import TimeLimit
 
 @pytest.fixture
 async def limit() -> AsyncIterator[TimeLimit]:
-    limit = TimeLimit(0.05, threads=1, name="test")
+    limit = TimeLimit(0.5, threads=1, name="test")
     yield limit
     limit.close()
 
@@ -44,7 +44,7 @@ async def test_program_that_loops_is_ended_and_its_thread_serves_the_next(
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         await limit.run(program)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     assert await limit.run(lambda: "next") == "next"
 
 
@@ -52,7 +52,8 @@ async def test_waiting_for_a_thread_does_not_count(limit: TimeLimit) -> None:
     async def nap(i: int) -> int:
         return await limit.run(lambda: time.sleep(0.02) or i)  # type: ignore[func-returns-value]
 
-    assert await asyncio.gather(*(nap(i) for i in range(6))) == [*range(6)]
+    # The last one waits for longer than its limit.
+    assert await asyncio.gather(*(nap(i) for i in range(30))) == [*range(30)]
 
 
 async def test_program_that_ends_just_as_its_time_is_up_has_one_end_and_its_thread_lives() -> None:
