@@ -1,9 +1,11 @@
 """What all compiled CPU kernels stand on: numbers as torch has them, threads that change nothing."""
 
+import importlib
 import logging
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -105,6 +107,20 @@ def test_threads_change_no_bit() -> None:
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+def test_kernels_of_other_constants_share_no_file_of_the_kept_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adds.py").write_text(
+        "def adds(n):\n    def kernel(arguments):\n        arguments[2] += n\n    return kernel\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    adds = importlib.import_module("adds").adds
+    for n in (3, 4, 3):
+        assert team.Compiled(adds(n)) is not None
+    # An index each: two processes that write at the same time can not mistake one for the other.
+    assert len(list(tmp_path.rglob("*.nbi"))) == len(list(tmp_path.rglob("*.nbc"))) == 2
 
 
 def test_where_code_can_not_be_kept_it_is_compiled_and_said(caplog: pytest.LogCaptureFixture) -> None:

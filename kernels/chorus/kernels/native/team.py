@@ -47,8 +47,8 @@ class Compiled:
     def __init__(self, function: Kernel) -> None:
         signature = types.void(types.CPointer(types.int64))
         try:
-            self._code = numba.cfunc(signature, cache=True, **OPTIONS)(function)
-        except RuntimeError as error:  # no folder that can be written
+            self._code = numba.cfunc(signature, cache=True, **OPTIONS)(_named_for_its_file(function))
+        except (RuntimeError, OSError) as error:  # no folder that can be written
             logger.warning("compiled kernels can not be kept, every start compiles them anew: %s", error)
             self._code = numba.cfunc(signature, **OPTIONS)(function)
         self._on_thread = _ON_THREAD(self._code.address)
@@ -96,6 +96,20 @@ def told_of_calls(note: Callable[[int, "array[int]"], None]) -> Iterator[None]:
         yield
     finally:
         _listener.note = None
+
+
+def _named_for_its_file(function: Any) -> Kernel:
+    """The kernel under a name, and so with a file for its code, that only the same source and constants have.
+
+    numba numbers the code of all kernels of one name in one index. Of two processes that add to it at the same time one
+    may overwrite the other's code under a number that both have taken, and is then given for what it is not.
+    """
+    constants = [cell.cell_contents for cell in function.__closure__ or ()]
+    source = Path(function.__code__.co_filename).read_bytes()
+    digest = sha256(repr((numba.__version__, constants)).encode() + source).hexdigest()
+    function.__qualname__ = f"{function.__name__}.{digest[:16]}"
+    named: Kernel = function
+    return named
 
 
 def _word(argument: torch.Tensor | int | float | None) -> int:
