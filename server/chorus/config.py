@@ -62,7 +62,7 @@ class ServerConfig(BaseModel):
     )
     graphs: Literal["auto", "off"] = Field(
         default="auto",
-        description="auto: decode steps are recorded and replayed, as CUDA graphs on cuda, as tapes on cpu.",
+        description="auto: steps of few tokens are recorded and replayed, as CUDA graphs on cuda, as tapes on cpu.",
     )
     overlap: Literal["auto", "off"] = Field(
         default="auto", description="auto: a step is laid out while another computes, where the device is cuda."

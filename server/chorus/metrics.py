@@ -164,7 +164,7 @@ class Metrics:
         self._waiting_for_adapter = self._gauge(
             "chorus_requests_waiting_for_adapter", "Requests that wait for their adapter to load."
         )
-        self._graphs = self._gauge("chorus_graphs_held", "Recorded decode steps in memory.")
+        self._graphs = self._gauge("chorus_graphs_held", "Recorded steps in memory.")
         self._kv_usage = self._gauge("chorus_kv_cache_usage_ratio", "Share of the KV blocks in use, 0 to 1.")
         self._kv_kept = self._gauge(
             "chorus_prefix_cache_kept_ratio", "Share of the KV blocks that nobody uses and that can be found, 0 to 1."

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from chorus.adapters.pool import SlotSegment
 from chorus.engine import graphs
-from chorus.engine.graphs import SEEN_BEFORE, DecodeGraphs, Shape, shape_of
+from chorus.engine.graphs import SEEN_BEFORE, Shape, StepGraphs, shape_of
 from chorus.engine.layout import Layout, lay_out
 from chorus.engine.messages import Launch, Sampling
 from chorus.engine.schedule import Chunk
@@ -20,31 +20,37 @@ ROWS = low_rank_family(2, 1)
 
 
 class Pool:
-    """What shapes are made of: adapters of rank 8 and 40 in slots 0 and 1, one of an embedding in slot 2."""
+    """What shapes are made of: adapters of rank 8 and 40 in slots 0 and 1, of an embedding in 2, of lm_head in 3."""
 
     linears_used = ("q", "v")
 
     def rank_of(self, slot: int) -> int:
-        return (8, 40, 8)[slot]
+        return (8, 40, 8, 8)[slot]
 
     def embeds(self, slot: int) -> bool:
         return slot == 2
+
+    def acts_on_logits(self, slot: int) -> bool:
+        return slot == 3
 
 
 POOL: Any = Pool()
 
 
-def layout(*rows: tuple[int, int], prompt: int = 0) -> Layout:
-    """Decodes of (context, slot), and a prompt's chunk of so many tokens."""
+def layout(*rows: tuple[int, int], prompt: int = 0, behind: int = 0, scored: bool = False) -> Layout:
+    """Decodes of (context, slot), and a prompt's last chunk of so many tokens, with so many before it."""
     chunks = []
     for i, (context, slot) in enumerate(rows):
         seq = Sequence(i, tuple(range(context)), Sampling(max_tokens=4), computed=context - 1, slot=slot)
         seq.blocks = list(range(-(-context // 16)))
         chunks.append(Chunk(seq, context - 1, 1, samples=True))
     if prompt:
-        seq = Sequence(99, tuple(range(prompt)), Sampling(max_tokens=4))
-        seq.blocks = list(range(-(-prompt // 16)))
-        chunks.append(Chunk(seq, 0, prompt, samples=True))
+        length = behind + prompt
+        seq = Sequence(
+            99, tuple(range(length)), Sampling(max_tokens=4, prompt_logprobs=0 if scored else None), computed=behind
+        )
+        seq.blocks = list(range(-(-length // 16)))
+        chunks.append(Chunk(seq, behind, prompt, samples=True))
     return lay_out(chunks)
 
 
@@ -61,7 +67,8 @@ def layout(*rows: tuple[int, int], prompt: int = 0) -> Layout:
     ],
 )
 def test_a_shape_is_the_smallest_that_holds_the_batch(rows: list[tuple[int, int]], shape: tuple[int, int]) -> None:
-    assert shape_of(layout(*rows), POOL) == Shape(*shape, None, 0)
+    size, ranges = shape
+    assert shape_of(layout(*rows), POOL) == Shape(size, size, ranges, None, 0)
 
 
 @pytest.mark.parametrize(
@@ -79,10 +86,44 @@ def test_a_batch_with_adapters_has_another_shape(rows: list[tuple[int, int]], ca
     assert (shape.low_rank, shape.linears) == (capacity, 2)
 
 
-def test_prompts_and_embeddings_have_none() -> None:
-    assert shape_of(layout((9, -1), prompt=7), POOL) is Launch.PROMPT
-    assert shape_of(layout((9, 2)), POOL) is Launch.ADAPTER
+@pytest.mark.parametrize(
+    ("decodes", "prompt", "shape"),
+    [
+        (0, 7, (8, 1, 8)),
+        (1, 7, (8, 2, 8)),
+        (3, 5, (8, 4, 8)),
+        (5, 3, (8, 8, 8)),
+        (5, 20, (32, 8, 32)),
+        (16, 48, (64, 32, 64)),
+        (7, 2, (16, 8, 16)),
+    ],
+)
+def test_tokens_of_prompts_are_rows_of_which_few_have_logits(
+    decodes: int, prompt: int, shape: tuple[int, int, int]
+) -> None:
+    assert shape_of(layout(*[(9, -1)] * decodes, prompt=prompt), POOL) == Shape(*shape, None, 0)
+
+
+def test_a_prompts_tokens_see_all_that_lies_before_them() -> None:
+    """15 of 600 tokens: 13 see more than the 512 of a range, as the decode does."""
+    shape = shape_of(layout((600, -1), prompt=15, behind=510), POOL)
+    assert isinstance(shape, Shape)
+    assert (shape.rows, shape.ranges) == (16, 32)
+
+
+def test_what_is_much_or_asks_for_more_has_no_shape() -> None:
     assert shape_of(lay_out([]), POOL) is Launch.PROMPT
+    assert isinstance(shape_of(layout((9, -1), prompt=63), POOL), Shape)
+    assert shape_of(layout((9, -1), prompt=64), POOL) is Launch.PROMPT
+    assert isinstance(shape_of(layout((9, -1), prompt=32, behind=480), POOL), Shape)
+    assert shape_of(layout((9, -1), prompt=32, behind=481), POOL) is Launch.PROMPT
+    assert shape_of(layout((9, -1), prompt=7, scored=True), POOL) is Launch.PROMPT
+
+
+def test_an_adapter_that_embeds_has_no_shape_nor_one_that_acts_on_some_of_the_logits() -> None:
+    assert shape_of(layout((9, 2)), POOL) is Launch.ADAPTER
+    assert isinstance(shape_of(layout((9, 3)), POOL), Shape)
+    assert shape_of(layout((9, 3), prompt=7), POOL) is Launch.ADAPTER
 
 
 class Recorded:
@@ -91,7 +132,7 @@ class Recorded:
     def __init__(self, record: Callable[[Callable[[], Tensor]], Callable[[], Tensor]]) -> None:
         self.written: list[tuple[SlotSegment, ...]] = []
         self.made: list[Shape] = []
-        self.graphs = DecodeGraphs(record, lambda _: torch.zeros(0), self.step, POOL)
+        self.graphs = StepGraphs(record, lambda _: torch.zeros(0), self.step, POOL)
 
     def step(self, shape: Shape) -> Any:
         self.made.append(shape)
@@ -116,7 +157,7 @@ def test_a_shape_is_recorded_once_it_has_come_back_often_enough_and_replayed_fro
         logits = recorded.run(batch)
         assert logits is not None
         assert logits.shape == (3, 2)
-    assert recorded.made == [Shape(4, 4, None, 0)]
+    assert recorded.made == [Shape(4, 4, 4, None, 0)]
     assert len(recorded.written) == 1 + 3
     assert recorded.graphs.take_launches() == {Launch.RARE: SEEN_BEFORE, Launch.RECORDED: 1, Launch.GRAPH: 2}
     assert recorded.graphs.held == 1
@@ -130,12 +171,11 @@ def test_what_can_not_be_recorded_is_said_once_and_computed_without(caplog: pyte
     assert [recorded.run(layout((9, -1))) for _ in range(SEEN_BEFORE + 3)] == [None] * (SEEN_BEFORE + 3)
     assert len(recorded.made) == 1
     assert recorded.graphs.take_launches() == {Launch.RARE: SEEN_BEFORE, Launch.FAILED: 3}
-    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
-        "no graph of decode steps"
-    ]
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == ["no graph of steps"]
 
 
 def test_the_shape_that_was_replayed_longest_ago_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And has to come as often again: shapes that take turns are not recorded every time."""
     monkeypatch.setattr(graphs, "KEPT", 2)
     recorded = Recorded(ones)
     one, two, four = (layout(*[(1, -1)] * rows) for rows in (1, 2, 4))
@@ -144,6 +184,7 @@ def test_the_shape_that_was_replayed_longest_ago_makes_room(monkeypatch: pytest.
             recorded.run(batch)
     assert [shape.rows for shape in recorded.made] == [1, 2, 4]
     recorded.run(one)
+    assert [recorded.run(two) for _ in range(SEEN_BEFORE)] == [None] * SEEN_BEFORE
     assert [shape.rows for shape in recorded.made] == [1, 2, 4]
     recorded.run(two)
     assert [shape.rows for shape in recorded.made] == [1, 2, 4, 2]
@@ -152,7 +193,7 @@ def test_the_shape_that_was_replayed_longest_ago_makes_room(monkeypatch: pytest.
 
 def test_launches_are_taken_once() -> None:
     recorded = Recorded(ones)
-    recorded.run(layout((9, -1), prompt=7))
+    recorded.run(layout((9, -1), prompt=70))
     recorded.run(layout((9, 2)))
     assert recorded.graphs.take_launches() == {Launch.PROMPT: 1, Launch.ADAPTER: 1}
     assert recorded.graphs.take_launches() == {}

@@ -235,6 +235,16 @@ def test_a_chunk_is_the_same_in_pieces(dtype: torch.dtype, cap: float | None, bi
     check(got, exact, torch.bfloat16 if dtype is torch.bfloat16 else torch.float32)
 
 
+def test_each_token_as_a_row_of_its_own_sees_what_it_sees_in_its_chunk() -> None:
+    query, k_cache, v_cache, rows = batch([(37, 20), (0, 9), (5, 1)], (4, 2), 16, torch.float64, 3)
+    tokens = [token for row in rows for token in row.each_token()]
+    assert [(token.start, token.end) for token in tokens] == [(i, i + 1) for i in range(len(query))]
+    got, expected = (
+        reference.paged_attention(query, k_cache, v_cache, some, scale=0.3, window=30) for some in (tokens, rows)
+    )
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
 ROW = AttentionRow(0, 2, 3, [1])
 
 

@@ -144,8 +144,23 @@ def test_numbers_that_python_gives_stay_where_kernels_find_them() -> None:
     assert len(littered) == 1000
 
 
+def test_rows_are_looked_up_where_the_numbers_say_now() -> None:
+    x, places = noise(0, 8, WIDTH), torch.tensor([1, 5])
+    replay = Tapes()(lambda: x[None][:, places] * 2)
+    places.copy_(torch.tensor([7, 0]))
+    assert torch.equal(replay(), x[None, [7, 0]] * 2)
+
+
 @pytest.mark.parametrize(
-    "read", [lambda x: x[0].item(), lambda x: x.nonzero(), lambda x: bool((x > 0).any()), lambda x: x.unique()]
+    "read",
+    [
+        lambda x: x[0].item(),
+        lambda x: x.nonzero(),
+        lambda x: bool((x > 0).any()),
+        lambda x: x.unique(),
+        lambda x: x[x > 0],
+        lambda x: x[x.to(torch.uint8)],
+    ],
 )
 def test_what_depends_on_numbers_is_not_recorded(read: Callable[[Tensor], object]) -> None:
     x = torch.ones(4)

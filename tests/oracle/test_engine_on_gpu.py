@@ -1,4 +1,4 @@
-"""The engine on a GPU: decode steps replayed as CUDA graphs give the tokens of peft alone, and no step waits."""
+"""The engine on a GPU: steps replayed as CUDA graphs give the tokens of peft alone, and no step waits."""
 
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def test_rows_of_replayed_steps_equal_the_solo_run(tmp_path: Path, family: str, 
 def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts and decodes, recorded or not; what was drawn is read after the forward pass."""
     forward, replays = Runner.forward, list[torch.Tensor]()
-    recorded = graphs.DecodeGraphs.run
+    recorded = graphs.StepGraphs.run
 
     def without_waiting(self: Runner, *batch: Any) -> torch.Tensor:
         if len(replays) < 2:  # compiling and recording may wait
@@ -56,14 +56,14 @@ def test_no_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.Monkey
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    def noted(self: graphs.DecodeGraphs, *batch: Any) -> torch.Tensor | None:
+    def noted(self: graphs.StepGraphs, *batch: Any) -> torch.Tensor | None:
         logits = recorded(self, *batch)
         if logits is not None:
             replays.append(logits)
         return logits
 
     monkeypatch.setattr(Runner, "forward", without_waiting)
-    monkeypatch.setattr(graphs.DecodeGraphs, "run", noted)
+    monkeypatch.setattr(graphs.StepGraphs, "run", noted)
     base = save_base(tmp_path / "base", "llama")
     adapter = reference(base, save_adapter(base, tmp_path / "a", 1, r=4))
     sampling = m.Sampling(30, temperature=0.0, ignore_eos=True)

@@ -3,7 +3,7 @@
 One name per operator through specification (`reference`), implementation, test and benchmark.
 """
 
-from chorus.kernels.attention_plan import AttentionPlan
+from chorus.kernels.attention_plan import AttentionPlan, is_short
 from chorus.kernels.attention_tables import Capacity as AttentionCapacity
 from chorus.kernels.attention_tables import decode_ranges
 from chorus.kernels.filtered_draw import filtered_draw
@@ -57,6 +57,7 @@ __all__ = [
     "filtered_draw",
     "gelu_tanh_mul",
     "head",
+    "is_short",
     "low_rank",
     "low_rank_family",
     "low_rank_group",

@@ -34,14 +34,15 @@ class CpuRows:
     ) -> None:
         from chorus.kernels.native.decode_attention import DecodeRows  # numba is not everywhere
 
-        decodes = [row for row in rows if capacity is not None or _is_short(row)]
+        decodes = [row for row in rows if capacity is not None or is_short(row)]
         pages = None if capacity is None else capacity.pages
         self.decode_rows = DecodeRows(decodes, block_size, causal=causal, pages=pages) if decodes else None
-        self.prefills = [row for row in rows if capacity is None and not _is_short(row)]
+        self.prefills = [row for row in rows if capacity is None and not is_short(row)]
         self.prefill_blocks = [torch.tensor(row.used(block_size)) for row in self.prefills]
 
 
-def _is_short(row: AttentionRow) -> bool:
+def is_short(row: AttentionRow) -> bool:
+    """Whether a chunk is better computed token by token, each as a decode."""
     return row.end - row.start == 1 or (row.end - row.start) * row.context <= FEW_KEYS
 
 

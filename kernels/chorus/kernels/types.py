@@ -131,6 +131,11 @@ class AttentionRow:
         """The blocks that hold the context."""
         return self.blocks[: -(-self.context // block_size)]
 
+    def each_token(self) -> "list[AttentionRow]":
+        """The new tokens as rows of their own, each with its context: what a causal row's tokens see."""
+        first = self.context - self.end
+        return [AttentionRow(i, i + 1, first + i + 1, self.blocks) for i in range(self.start, self.end)]
+
 
 @dataclass(frozen=True, slots=True)
 class SlotSegment:

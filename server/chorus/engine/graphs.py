@@ -1,8 +1,11 @@
-"""Decode steps as graphs: recorded once for each shape that comes often, replayed for every batch that fits it.
+"""Steps of few tokens as graphs: recorded once for each shape that comes often, replayed for every batch that fits it.
 
     layout ── shape ──> rows 8, ranges 16, rank 16 ──> graph of that shape ── replay ──> logits
                          (5 rows and 3 that nobody asked for)   ^
                          token ids, positions, tables ──────────┘ written anew in place
+
+A row is a token: a decode, or one of a prompt's, which sees what lies before it as a decode does, since all keys of a
+layer are stored before anybody attends.
 
 What a step launches costs the host more than the device where the batch is small: some 500 launches for 32 layers. A
 CUDA graph is one. On a CPU a tape (`chorus.kernels.native.tape`) does the same for compiled kernels: 110 calls for 12
@@ -32,6 +35,7 @@ from chorus.kernels import (
     AttentionRow,
     LowRankCapacity,
     decode_ranges,
+    is_short,
     low_rank_family,
 )
 
@@ -42,6 +46,8 @@ Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 # A shape that does not come back is not worth its recording, 0.1 to 1 s.
 SEEN_BEFORE = 4
+# Tokens of a step with prompts up to which it is recorded. With more, computing hides what launching costs.
+MOST_WITH_PROMPTS = 64
 # Shapes at a time; the one that was replayed longest ago makes room.
 KEPT = 64
 LEAST_RANK = 16
@@ -67,12 +73,13 @@ class CudaGraphs:
 
 
 class Shape(NamedTuple):
-    """What a graph is recorded for: `rows` decodes whose contexts are cut into `ranges` together.
+    """What a graph is recorded for: `rows` tokens whose contexts are cut into `ranges` together, logits of so many.
 
     `low_rank` is None where no adapter acts, else for adapters at the first `linears` of the sites that are used.
     """
 
     rows: int
+    logits: int
     ranges: int
     low_rank: LowRankCapacity | None
     linears: int
@@ -81,7 +88,8 @@ class Shape(NamedTuple):
 class StaticStep:
     """What a recorded step reads, written anew for each batch: ids, positions and `is_long` [rows], and its plans.
 
-    Rows that a batch has not are decodes of a single token in a block that nobody else has.
+    `logit_rows` [logits] are those whose logits are wanted, 0 if all are. Rows that a batch has not are decodes of a
+    single token in a block that nobody else has.
     """
 
     def __init__(
@@ -89,8 +97,9 @@ class StaticStep:
     ) -> None:
         self._rows = shape.rows
         self._nobody = (scratch_block,)
-        self._inputs = torch.zeros(3, shape.rows, dtype=torch.int64, device=device)
-        self.token_ids, self.positions, self.is_long = self._inputs
+        self._inputs = torch.zeros(4, shape.rows, dtype=torch.int64, device=device)
+        self.token_ids, self.positions, self.is_long, logit_rows = self._inputs
+        self.logit_rows = logit_rows[: shape.logits] if shape.logits < shape.rows else 0
         capacity = AttentionCapacity.of_decodes(shape.rows, shape.ranges, block_size)
         self.attention = AttentionPlan(self._filled([]), block_size, device, capacity)
         self.deltas: StaticPlans | None = None
@@ -105,8 +114,10 @@ class StaticStep:
         """
         if any(max(row.blocks, default=0) > self._nobody[0] for row in layout.rows):
             raise ValueError(f"rows: a block over {self._nobody[0]}, the last there is")
-        inputs = torch.zeros(3, self._rows, dtype=torch.int64, pin_memory=self._inputs.is_cuda)
-        inputs[:, : len(layout.rows)] = torch.tensor([layout.carried or layout.token_ids, layout.positions, is_long])
+        inputs = torch.zeros(4, self._rows, dtype=torch.int64, pin_memory=self._inputs.is_cuda)
+        each_row = [layout.carried or layout.token_ids, layout.positions, is_long]
+        inputs[:3, : len(layout.token_ids)] = torch.tensor(each_row)
+        inputs[3, : len(layout.logit_rows)] = torch.tensor(layout.logit_rows)
         self._inputs.copy_(inputs, non_blocking=True)
         if drawn is not None:
             self.token_ids.copy_(carry(drawn, self.token_ids))
@@ -115,10 +126,11 @@ class StaticStep:
             self.deltas.write(layout.segments)
 
     def _filled(self, rows: Sequence[AttentionRow]) -> list[AttentionRow]:
-        return [*rows, *(AttentionRow(i, i + 1, 1, self._nobody) for i in range(len(rows), self._rows))]
+        tokens = _each_token(rows)
+        return [*tokens, *(AttentionRow(i, i + 1, 1, self._nobody) for i in range(len(tokens), self._rows))]
 
 
-class DecodeGraphs:
+class StepGraphs:
     """The recorded steps of a runner, whose `compute` gives logits [rows, V] of a static step."""
 
     def __init__(
@@ -145,7 +157,7 @@ class DecodeGraphs:
         return dict(launches)
 
     def run(self, layout: Layout, is_long: Sequence[bool], drawn: Tensor | None = None) -> Tensor | None:
-        """The batch's logits; None where it is not of decodes alone, or its shape has no graph."""
+        """The logits of the layout's `logit_rows`; None where the batch's shape has no graph, or can have none."""
         shape = shape_of(layout, self._pool)
         launch = shape if isinstance(shape, Launch) else self._prepare(shape, layout, is_long)
         self._launches[launch] += 1
@@ -154,7 +166,7 @@ class DecodeGraphs:
         self._kept.move_to_end(shape)
         step, replay = self._kept[shape]
         step.write(layout, is_long, drawn)
-        return replay()[: len(layout.rows)]
+        return replay()[: len(layout.logit_rows)]
 
     def _prepare(self, shape: Shape, layout: Layout, is_long: Sequence[bool]) -> Launch:
         """Records the batch's step if it is time to; with GRAPH and RECORDED there is a graph of the shape."""
@@ -177,12 +189,12 @@ class DecodeGraphs:
             self._kept[shape] = step, self._record(lambda: self._compute(step))
         except RuntimeError as error:
             self._refused.add(shape)
-            log.warning("no graph of decode steps", extra={"shape": str(shape), "reason": str(error)})
+            log.warning("no graph of steps", extra={"shape": str(shape), "reason": str(error)})
             return Launch.FAILED
         if len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
+            self._seen[self._kept.popitem(last=False)[0]] = 0
         seconds = round(time.monotonic() - began, 3)
-        log.info("recorded a graph of decode steps", extra={"shape": str(shape), "seconds": seconds})
+        log.info("recorded a graph of steps", extra={"shape": str(shape), "seconds": seconds})
         return Launch.RECORDED
 
 
@@ -195,17 +207,29 @@ def carry(drawn: Tensor, places: Tensor) -> Tensor:
 
 
 def shape_of(layout: Layout, pool: AdapterPool) -> Shape | Literal[Launch.PROMPT, Launch.ADAPTER]:
-    """The smallest shape that holds the batch; PROMPT where it is not of decodes alone, ADAPTER if one embeds."""
-    rows = len(layout.rows)
-    if not rows or len(layout.token_ids) != rows or len(layout.sampled) != rows or layout.scored:
+    """The smallest shape that holds the batch; PROMPT where prompts take too much of it, or are scored; ADAPTER where
+    one embeds, or acts on logits that are not of all rows."""
+    rows, logits = len(layout.token_ids), len(layout.logit_rows)
+    if not logits or layout.scored or (rows > len(layout.rows) and not _are_few(layout.rows)):
         return Launch.PROMPT
-    if any(pool.embeds(segment.slot) for segment in layout.segments):
-        return Launch.ADAPTER
     size = _round_rows(rows)
-    ranges = sum(decode_ranges(row.context) for row in layout.rows) + size - rows
+    wanted = size if logits == rows else min(_round_up(logits, least=1), size)
+    slots = [segment.slot for segment in layout.segments]
+    if any(pool.embeds(slot) or (wanted < size and pool.acts_on_logits(slot)) for slot in slots):
+        return Launch.ADAPTER
+    ranges = sum(decode_ranges(row.context) for row in _each_token(layout.rows)) + size - rows
     low_rank = _low_rank(layout.segments, size, pool)
     linears = len(pool.linears_used) if low_rank else 0
-    return Shape(size, _round_up(ranges, least=size), low_rank, linears)
+    return Shape(size, wanted, _round_up(ranges, least=size), low_rank, linears)
+
+
+def _are_few(rows: Sequence[AttentionRow]) -> bool:
+    """Whether tokens of prompts are few enough, and their contexts short enough, to be computed like decodes."""
+    return rows[-1].end <= MOST_WITH_PROMPTS and all(map(is_short, rows))
+
+
+def _each_token(rows: Sequence[AttentionRow]) -> list[AttentionRow]:
+    return [token for row in rows for token in row.each_token()]
 
 
 def _low_rank(segments: Sequence[SlotSegment], rows: int, pool: AdapterPool) -> LowRankCapacity | None:

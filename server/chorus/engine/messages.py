@@ -28,7 +28,7 @@ class Launch(Enum):
     RARE = "rare"
     """The batch's shape has not come often enough to be worth a recording."""
     PROMPT = "prompt"
-    """Not decodes alone."""
+    """Too much of it is of prompts, or their tokens are scored."""
     ADAPTER = "adapter"
     """An adapter does what no graph holds."""
     FAILED = "failed"

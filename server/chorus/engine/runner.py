@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from chorus.adapters.pool import AdapterPool
-from chorus.engine.graphs import DecodeGraphs, Record, StaticStep, carry
+from chorus.engine.graphs import Record, StaticStep, StepGraphs, carry
 from chorus.engine.layout import Layout
 from chorus.kernels import AttentionPlan, LowRankPlan
 from chorus.models.attention import StepAttention
@@ -17,7 +17,7 @@ from chorus.models.base import Base
 class Runner:
     """The base model with its KV cache of `kv_blocks` pages and its adapter pool.
 
-    With `record` decode steps run as graphs (`engine.graphs`).
+    With `record` steps of few tokens run as graphs (`engine.graphs`).
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class Runner:
             from chorus.kernels.native import prepare  # numba is not everywhere
 
             prepare(base.dtype, base.head_dim, block_size)
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         if record is not None:
             memory = {"block_size": block_size, "scratch_block": kv_blocks}
-            self.graphs = DecodeGraphs(
+            self.graphs = StepGraphs(
                 record, self._compute_static, lambda shape: StaticStep(shape, pool, **memory, device=base.device), pool
             )
 
@@ -64,7 +64,9 @@ class Runner:
 
     def _compute_static(self, step: StaticStep) -> Tensor:
         plans = step.deltas.plans if step.deltas is not None else {}
-        return self._compute(step.attention, step.token_ids, step.positions, step.is_long, 0, plans, plans)
+        head_plans = plans if isinstance(step.logit_rows, int) else {}  # nobody acts there then
+        inputs = step.token_ids, step.positions, step.is_long, step.logit_rows
+        return self._compute(step.attention, *inputs, plans, head_plans)
 
     def _compute(
         self,

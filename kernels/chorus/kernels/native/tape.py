@@ -130,7 +130,7 @@ class _Recording(TorchDispatchMode):
         return parts
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(tag in func.tags for tag in _READS):
+        if any(tag in func.tags for tag in _READS) and not _is_lookup(func, args):
             raise RuntimeError(f"{func} reads a tensor's numbers")
         out = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
@@ -161,6 +161,11 @@ class _Recording(TorchDispatchMode):
 def _compute_again(ask: Callable[[], object], kept: Sequence[Tensor]) -> None:
     for tensor, result in zip(kept, tree_leaves(ask()), strict=True):
         tensor.copy_(result)
+
+
+def _is_lookup(func: Any, args: Any) -> bool:
+    """Whether it indexes with numbers; what it gives with a mask depends on the mask's."""
+    return func is torch.ops.aten.index.Tensor and all(i is None or i.dtype == torch.int64 for i in args[1])
 
 
 def _storage(tensor: Tensor) -> int | None:
