@@ -3,7 +3,7 @@ import os
 import pty
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -45,7 +45,8 @@ def test_a_file_is_answered_and_flags_are_its_defaults(fake: FakeChorus, batch: 
         "tenants/acme/adapters/support",
         "tenants/globex/adapters/help",
     ]
-    assert (first.request.sampling.max_tokens, round(first.time_left or 0)) == (7, 33)
+    assert first.request.sampling.max_tokens == 7
+    assert 23 < (first.time_left or 0) < 33.1
     assert ids(tmp_path / "out.jsonl") == ["line-1", "line-2"]
 
 
@@ -53,20 +54,23 @@ def test_on_a_terminal_a_bar_shows_how_far_it_is(fake: FakeChorus, tmp_path: Pat
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
     fake.answer("Inference.GetModel", model_pb2.Model(has_tokenizer=True))
     fake.answer("Inference.Generate", BAD)
-    fake.answer("Inference.Generate", lambda context: time.sleep(0.3), DONE)  # the bar is drawn ten times a second
+    drawn = threading.Event()
+    fake.answer("Inference.Generate", lambda context: drawn.wait(20), DONE)
     script = Path(sys.executable).with_name("chorus")
     files = ("--input", "in.jsonl", "--output", "out.jsonl", "--concurrency", "1")
     terminal, stderr = pty.openpty()
     with os.fdopen(terminal, "rb", buffering=0) as screen:
         command = [str(script), "generate", "--server", fake.address, *files]
         environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-        done = subprocess.run(command, stderr=stderr, cwd=tmp_path, env=environment, timeout=60, check=False)
-        os.close(stderr)
-        shown = b""
-        with suppress(OSError):  # how Linux ends a terminal that nobody holds any more
-            while piece := screen.read(4096):
-                shown += piece
-    assert done.returncode == 1
+        with subprocess.Popen(command, stderr=stderr, cwd=tmp_path, env=environment) as asking:
+            os.close(stderr)
+            shown = b""
+            with suppress(OSError):  # how Linux ends a terminal that nobody holds any more
+                while piece := screen.read(4096):
+                    shown += piece
+                    if b"1/2" in shown:
+                        drawn.set()
+    assert asking.returncode == 1
     assert b"in.jsonl, 1 failed" in shown
     assert b"1/2" in shown
     assert b"1 of 2 answered" in shown

@@ -88,7 +88,7 @@ def test_every_flag_arrives(fake: FakeChorus, run: Run) -> None:
     call = fake.calls[0]
     assert call.request.adapter == "tenants/acme/adapters/support@canary"
     assert list(call.request.token_ids.ids) == [1, 2, 3]
-    assert round(call.time_left or 0) == 33
+    assert 23 < (call.time_left or 0) < 33.1
     assert call.request.sampling == generate_pb2.SamplingParams(
         max_tokens=9,
         min_tokens=3,

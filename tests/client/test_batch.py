@@ -1,5 +1,6 @@
 import json
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -149,21 +150,25 @@ async def test_a_server_that_is_gone_ends_the_batch(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("concurrency", [1, 3])
 async def test_no_more_run_at_once_than_asked(fake: FakeChorus, concurrency: int) -> None:
-    running: list[int] = [0]
-    most: list[int] = [0]
+    running, most, lock = 0, 0, threading.Lock()
+    all_there = threading.Barrier(concurrency)
 
     def count(context: grpc.ServicerContext) -> None:
-        running[0] += 1
-        most[0] = max(most[0], running[0])
-        time.sleep(0.05)
-        running[0] -= 1
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        all_there.wait(10)
+        time.sleep(0.05)  # one too many would be seen
+        with lock:
+            running -= 1
 
     fake.answer("Inference.Generate", count, DONE, times=9)
     requests = [BatchRequest(str(number), "hi") for number in range(9)]
     async with AsyncClient(fake.address, timeout=20) as client:
         outcomes = [one async for one in run_batch(client, requests, concurrency=concurrency)]
     assert {one.request.id for one in outcomes} == set("012345678")
-    assert most[0] == concurrency
+    assert most == concurrency
 
 
 @pytest.mark.parametrize(
