@@ -359,12 +359,12 @@ def test_closing_does_not_wait_for_loads() -> None:
     release = threading.Event()
 
     def load(digest: str, path: str) -> LoadedHost:
-        release.wait(5)
+        release.wait(60)
         return LoadedHost(lowered(8), (("host", 0.5),))
 
     residency = Residency(make_pool(), load)
     residency.request("a", "p")
     began = time.monotonic()
     residency.close()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 20
     release.set()

@@ -28,10 +28,13 @@ def assert_solo_greedy(base: Path, adapter: Path | None, prompt: Sequence[int], 
 
 
 def until(holds: Callable[[], bool], what: str, timeout: float = 20.0) -> None:
-    """Returns once `holds()`; for what the server does not announce."""
+    """Returns once `holds()`; for what the server does not announce. Looks once more when the time is up."""
     ended = time.monotonic() + timeout
-    while not holds():
-        assert time.monotonic() < ended, f"not within {timeout:g} s: {what}"
+    while True:
+        is_last_look = time.monotonic() >= ended
+        if holds():
+            return
+        assert not is_last_look, f"not within {timeout:g} s: {what}"
         time.sleep(0.01)
 
 

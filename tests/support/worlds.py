@@ -1,8 +1,11 @@
 """A tiny base with adapters, and folders of files that look like adapters and are not."""
 
 import json
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import torch
@@ -60,5 +63,11 @@ def fill(folder: Path, value: float, *, only: str = "") -> None:
 
 
 def listing(folder: Path) -> dict[str, int]:
-    """Every path under a folder, with the sizes of its files."""
-    return {str(p.relative_to(folder)): p.stat().st_size if p.is_file() else -1 for p in sorted(folder.rglob("*"))}
+    """Every path under a folder, with the sizes of its files. What is removed meanwhile is not there."""
+    paths = sorted(Path(at, name) for at, folders, files in os.walk(folder) for name in (*folders, *files))
+    found = {}
+    for path in paths:
+        with suppress(FileNotFoundError):
+            status = path.lstat()
+            found[str(path.relative_to(folder))] = status.st_size if S_ISREG(status.st_mode) else -1
+    return found
