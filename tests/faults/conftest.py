@@ -41,9 +41,12 @@ def client(calm: ServerProcess) -> Iterator[Client]:
 
 @pytest.fixture(scope="session")
 def narrow(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """Four rows, four places in the queue, 16 unread tokens, messages of 1 MiB, steps of 20 ms: easily too much."""
+    """Four rows, four places in the queue, 64 unread tokens, messages of 1 MiB, steps of 20 ms: easily too much.
+
+    64 tokens are over a second of one stream: readers that are not slow are not taken for it where the machine is.
+    """
     state = tmp_path_factory.mktemp("narrow") / "state"
-    limits = ("--max-rows", "4", "--max-queue", "4", "--max-message-mb", "1", "--stream-queue-tokens", "16")
+    limits = ("--max-rows", "4", "--max-queue", "4", "--max-message-mb", "1", "--stream-queue-tokens", "64")
     options = ("--model", str(world.base), *OPTIONS, *limits)
     with ServerProcess(state, *options, failpoints="engine.forward=sleep:0.02") as server:
         yield server

@@ -40,7 +40,7 @@ def test_load_that_outlasts_the_grace_ends_its_call_and_not_the_exit(cut: Cut) -
     assert cut.error is not None
     assert (cut.error.code, cut.error.reason) == ("UNAVAILABLE", "DRAINING")
     assert cut.exit_code == 0
-    assert cut.seconds < 10
+    assert cut.seconds < 20, "the load takes 30"
 
 
 def test_adapters_are_listed_and_served_after_the_restart(

@@ -54,14 +54,14 @@ def test_poisoned_adapter_costs_only_its_own_request(
     def neighbour(name: str) -> list[int]:
         with client.stream(PROMPT, adapter=name and f"good/{name}", **{**GREEDY, "max_tokens": 120}) as stream:
             tokens = list(next(stream).token_ids)
-            under_way.wait(10)
+            under_way.wait(30)
             for delta in stream:
                 tokens += delta.token_ids
         return tokens
 
     with ThreadPoolExecutor(len(NEIGHBOURS)) as threads:
         answers = {name: threads.submit(neighbour, name) for name in NEIGHBOURS}
-        under_way.wait(10)
+        under_way.wait(30)
         # Sampling too: what is drawn from is not what is compared.
         reasons = [outcome(client, temperature) for temperature in (0.0, 1.0)]
         beside = calm.scrape().value("chorus_requests_running")

@@ -67,13 +67,13 @@ def test_a_request_that_makes_the_step_fail_costs_itself_alone(servers: Servers,
         def neighbour(name: str) -> list[int]:
             with client.stream(PROMPT, adapter=name and f"good/{name}", **GREEDY) as stream:
                 tokens = list(next(stream).token_ids)
-                under_way.wait(10)
+                under_way.wait(30)
                 for delta in stream:
                     tokens += delta.token_ids
             return tokens
 
         answers = {name: threads.submit(neighbour, name) for name in NEIGHBOURS}
-        under_way.wait(10)
+        under_way.wait(30)
         with pytest.raises(InternalError) as poisoned:
             client.generate(with_token(servers.poison), **GREEDY)
         with pytest.raises(ResourceExhausted) as too_large:
@@ -99,7 +99,7 @@ def test_a_lost_device_flips_health_ends_every_stream_and_exits_with_an_error(se
         """Why a stream that was under way ended; empty if it came to its own end."""
         with server.client() as client, client.stream(PROMPT, **GREEDY) as stream:
             next(stream)
-            under_way.wait(10)
+            under_way.wait(30)
             try:
                 for _ in stream:
                     pass
@@ -111,7 +111,7 @@ def test_a_lost_device_flips_health_ends_every_stream_and_exits_with_an_error(se
         watching = threads.submit(watch, health_pb2_grpc.HealthStub(channel), seen)
         until(lambda: seen == [SERVING], "health says SERVING")
         running = threads.submit(end_of_stream)
-        under_way.wait(10)
+        under_way.wait(30)
         stub = inference_pb2_grpc.InferenceStub(channel)
         fatal = generate_pb2.GenerateRequest(token_ids=generate_pb2.TokenIds(ids=with_token(servers.fatal)))
         with refused("UNAVAILABLE") as refusal:

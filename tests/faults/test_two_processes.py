@@ -29,13 +29,18 @@ def is_gone(process: psutil.Process, within_s: float) -> bool:
     return False
 
 
+def slow_server(state_dir: Path) -> ServerProcess:
+    """Steps of at least 10 ms, so that a long answer takes ten seconds."""
+    return ServerProcess(state_dir, failpoints="engine.forward=sleep:0.01")
+
+
 def long_answer(server: ServerProcess) -> Stream:
     return server.client().stream("My parcel", max_tokens=1000, ignore_eos=True)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV])
 def test_an_engine_that_dies_ends_the_answers_and_the_server(tmp_path: Path, signum: signal.Signals) -> None:
-    with ServerProcess(tmp_path / "state") as server, long_answer(server) as answer:
+    with slow_server(tmp_path / "state") as server, long_answer(server) as answer:
         next(iter(answer))
         threading.Timer(0.05, engine_of(server).send_signal, [signum]).start()
         with pytest.raises(Unavailable) as refused:
@@ -45,7 +50,7 @@ def test_an_engine_that_dies_ends_the_answers_and_the_server(tmp_path: Path, sig
 
 
 def test_an_engine_does_not_outlive_a_front_end_that_was_killed(tmp_path: Path) -> None:
-    with ServerProcess(tmp_path / "state") as server, long_answer(server) as answer:
+    with slow_server(tmp_path / "state") as server, long_answer(server) as answer:
         next(iter(answer))
         engine = engine_of(server)
         server.process.kill()

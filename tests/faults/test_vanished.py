@@ -6,7 +6,7 @@ import subprocess
 from typing import Any
 
 from chorus.client import Client, ResidentVersion
-from faults.idleness import held
+from faults.idleness import held, steps_once_heard
 from support.claims import assert_solo_greedy, until
 from support.server import CHORUS, ServerProcess
 from support.worlds import PROMPT, TinyWorld
@@ -37,8 +37,9 @@ def test_killed_client_holds_nothing_two_steps_later(restarted: ServerProcess, w
             assert caller.stdout is not None
             assert json.loads(caller.stdout.readline())["delta"]["token_ids"]
             assert held(client) > 0
+            before = restarted.scrape()
             caller.send_signal(signal.SIGKILL)
-        steps = restarted.scrape().value(STEPS)
+        steps = steps_once_heard(restarted, client, before)
         until(lambda: held(client) == 0, "pages and references are back")
     assert restarted.scrape().value(STEPS) - steps <= AT_MOST
     assert_idle(restarted)
@@ -49,7 +50,8 @@ def test_cancelled_stream_holds_nothing_two_steps_later(restarted: ServerProcess
         with client.stream(PROMPT, **LONG) as stream:
             next(stream)
             assert held(client) > 0
-        steps = restarted.scrape().value(STEPS)
+            before = restarted.scrape()
+        steps = steps_once_heard(restarted, client, before)
         until(lambda: held(client) == 0, "pages are back")
     assert restarted.scrape().value(STEPS) - steps <= AT_MOST
     assert_idle(restarted)
@@ -63,7 +65,7 @@ def test_cancel_in_the_queue_is_never_scheduled_and_disturbs_nobody(restarted: S
         queued = client.stream(PROMPT, adapter="t30/streaming", **LONG)
         until(lambda: restarted.scrape().value("chorus_requests_waiting") == 1, "the third one waits")
         queued.cancel()
-        steps = restarted.scrape().value(STEPS)
+        steps = steps_once_heard(restarted, client, before)
         until(lambda: restarted.scrape().value("chorus_requests_waiting") == 0, "the queue is empty")
         assert restarted.scrape().value(STEPS) - steps <= AT_MOST
         for stream, tokens, folder in zip(running, first, (None, world.adapter("streaming")), strict=True):
