@@ -20,7 +20,8 @@ from chorus.client import Client
 from support.scrape import Scrape
 
 READY = re.compile(r"^chorus ready inference=(\S+) admin=(\S+) metrics=(\S+)$")
-START_SECONDS = 120.0
+# Two that start at once on a fresh machine took 72 beside two busy processes on two cores: they compile.
+START_SECONDS = 240.0
 
 # A process that dies of a signal says where.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
@@ -139,6 +140,6 @@ def together(*servers: ServerProcess) -> Iterator[tuple[ServerProcess, ...]]:
         yield servers
 
 
-def run_command(*arguments: str, timeout: float = 60.0) -> "subprocess.CompletedProcess[str]":
+def run_command(*arguments: str, timeout: float = 120.0) -> "subprocess.CompletedProcess[str]":
     """Runs `chorus ARGUMENTS` as a process of its own."""
     return subprocess.run([*CHORUS, *arguments], capture_output=True, text=True, timeout=timeout, check=False)
