@@ -23,35 +23,36 @@ from chorus.kernels.native.vectors import INT64, PAIRS, SUMS, at_most, dot, load
 ROWS, COLUMNS = 8, 32
 PANEL = 64
 """Columns that lie beside each other in the packed weight: of each pair of K the two numbers of 64 columns in turn."""
-# How many bytes ahead weights are fetched: at 16 rows on 2 cores 21 GB/s come in so, 19 of 8192 ahead, 18 of 32768.
-AHEAD = 16384
 
 _VECTORS = COLUMNS // 16
 _ROW_OF_SUMS, _PAIR_OF_WEIGHTS = 4 * PANEL, 4 * PANEL  # bytes
 
 
 @intrinsic
-def dot_tile(typing: Any, x_at: Any, x_stride: Any, last: Any, w_at: Any, pairs: Any, sums_at: Any) -> Any:
+def dot_tile(
+    typing: Any, x_at: Any, x_stride: Any, last: Any, w_at: Any, pairs: Any, sums_at: Any, ahead_at: Any, ahead: Any
+) -> Any:
     """sums [8, 32] += x [8, 2 pairs] times w [pairs, 32, 2]; addresses and x's stride in bytes, all int64.
 
     Rows of w and of sums are a panel's, 64 columns; both are aligned to 64 bytes. In the place of rows past number
-    `last` that row is computed again, so that nothing is read outside.
+    `last` that row is computed again, so that nothing is read outside. Meanwhile `ahead` bytes for each pair, 128 at
+    most, are asked for from `ahead_at` on.
     """
-    return types.void(*[types.int64] * 6), _build
+    return types.void(*[types.int64] * 8), _build
 
 
 def _build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    x_at, x_stride, last, w_at, pairs, sums_at = arguments
+    x_at, x_stride, last, w_at, pairs, sums_at, ahead_at, ahead = arguments
     places = list(product(range(ROWS), range(_VECTORS)))
     kept = {(row, v): builder.add(sums_at, INT64(_ROW_OF_SUMS * row + 64 * v)) for row, v in places}
     sums = {place: cgutils.alloca_once_value(builder, load(builder, kept[place], SUMS, 64)) for place in places}
     rows = [builder.add(x_at, builder.mul(x_stride, at_most(builder, row, last))) for row in range(ROWS)]
     with cgutils.for_range(builder, pairs) as loop:
         w = builder.add(w_at, builder.mul(INT64(_PAIR_OF_WEIGHTS), loop.index))
-        weights = []
-        for v in range(_VECTORS):
-            weights.append(load(builder, builder.add(w, INT64(64 * v)), PAIRS, 64))
-            ask_for(builder, builder.add(w, INT64(64 * v + AHEAD)))
+        weights = [load(builder, builder.add(w, INT64(64 * v)), PAIRS, 64) for v in range(_VECTORS)]
+        asked = builder.add(ahead_at, builder.mul(ahead, loop.index))
+        ask_for(builder, asked)
+        ask_for(builder, builder.add(asked, builder.lshr(ahead, INT64(1))))
         for row in range(ROWS):
             x = pair_in_every_lane(builder, builder.add(rows[row], builder.mul(INT64(4), loop.index)))
             for v in range(_VECTORS):

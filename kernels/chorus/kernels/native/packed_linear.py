@@ -4,7 +4,9 @@
         for each 8 rows, each half of the panel     sums += x w      (`dot_tile`)
     sums, and bias and residual where there are     rounded once     -> y
 
-A block of a panel's weights stays in the first level of the cache for all rows, while what comes next is fetched.
+A block of a panel's weights stays in the first level of the cache for all rows. Meanwhile the next block is fetched, a
+part with each tile, so that memory is never idle: 16 rows of 2816 x 1024 take 295 us so, 330 where the first tiles
+fetch all of it and a thread's next panel is only known when it begins (weights in memory, 2 cores; in the cache 220).
 """
 # numba compiles what it sees, whatever the types say.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -26,6 +28,7 @@ from chorus.kernels.native.vectors import cpu_has_them
 
 MOST_ROWS = 64
 BLOCK = 64  # 16 KiB of weights
+_PAIR = 4 * PANEL  # bytes of a pair of K
 
 
 def packed_linear(y: Tensor, x: Tensor, weights_at: int, bias: Tensor | None, residual: Tensor | None) -> None:
@@ -77,13 +80,17 @@ def _kernel() -> Compiled:
         aligned = (16 - memory.ctypes.data // 4 % 16) % 16
         sums = memory[aligned : aligned + MOST_ROWS * PANEL].reshape((MOST_ROWS, PANEL))
         padded_pairs = (k + 31) // 32 * 16
+        size = _PAIR * padded_pairs
+        following = take_ticket(arguments)
         while edition == a[1]:
-            panel = take_ticket(arguments)
+            panel = following
             if panel >= panels:
                 break
+            following = take_ticket(arguments)
             first = panel * PANEL
             columns = min(PANEL, n - first)
-            _multiply(sums, x_at, 2 * x_stride, weights_at + 4 * PANEL * panel * padded_pairs, rows, k // 2)
+            after = weights_at + size * min(following, panels - 1)
+            _multiply(sums, x_at, 2 * x_stride, weights_at + size * panel, rows, k // 2, after)
             for row in range(rows):
                 part = sums[row]
                 if bias_at:
@@ -98,21 +105,27 @@ def _kernel() -> Compiled:
 
 
 @numba.njit(**OPTIONS)
-def _multiply(sums, x_at, x_stride, w_at, rows, pairs):
-    """sums [rows, 64] = x [rows, 2 pairs] times a panel; strides in bytes."""
-    sums[: (rows + ROWS - 1) // ROWS * ROWS] = np.float32(0)
+def _multiply(sums, x_at, x_stride, w_at, rows, pairs, after):
+    """sums [rows, 64] = x [rows, 2 pairs] times a panel, strides in bytes; the thread's next panel lies at `after`."""
+    tiles = (rows + ROWS - 1) // ROWS
+    sums[: tiles * ROWS] = np.float32(0)
+    ahead = _PAIR * COLUMNS // PANEL // tiles
     for low in range(0, pairs, BLOCK):
         length = min(BLOCK, pairs - low)
+        ahead_at = w_at + _PAIR * (low + length) if low + length < pairs else after
         for row in range(0, rows, ROWS):
             for column in range(0, PANEL, COLUMNS):
                 dot_tile(
                     x_at + row * x_stride + 4 * low,
                     x_stride,
                     rows - 1 - row,
-                    w_at + 4 * (PANEL * low + column),
+                    w_at + _PAIR * low + 4 * column,
                     length,
                     sums.ctypes.data + 4 * (PANEL * row + column),
+                    ahead_at,
+                    ahead,
                 )
+                ahead_at += ahead * length
 
 
 @numba.njit(**OPTIONS)
