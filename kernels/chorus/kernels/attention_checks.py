@@ -5,16 +5,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from chorus.kernels.row_arrays import RowArrays
 from chorus.kernels.types import AttentionRow
 
 
-def check_rows(rows: Sequence[AttentionRow], block_size: int, causal: bool) -> None:
-    """Rows in order without gaps, contexts that hold their tokens, tables that hold their contexts.
+def check_rows(rows: Sequence[AttentionRow], arrays: RowArrays, causal: bool) -> None:
+    """That rows, given as arrays too, are sound.
 
     Raises:
         ValueError: naming what of the rows is wrong.
     """
-    at = 0
+    if arrays.are_sound(causal=causal):
+        return
+    block_size, at = arrays.block_size, 0
     for row in rows:
         if row.start != at or row.end <= row.start:
             raise ValueError(f"rows: one is [{row.start}, {row.end}), the ones before end at {at}")

@@ -4,7 +4,6 @@ With a capacity its tables have one size and place for all batches of as many to
 graph that was recorded with them replays any of these.
 """
 
-from array import array
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from chorus.kernels.attention_checks import check_rows
 from chorus.kernels.attention_tables import AttentionTables, Capacity, attention_tables
 from chorus.kernels.dispatch import runs_triton
+from chorus.kernels.row_arrays import RowArrays
 from chorus.kernels.types import AttentionRow
 from chorus.kernels.upload import to_device, write
 
@@ -30,14 +30,15 @@ class CpuRows:
     """
 
     def __init__(
-        self, rows: Sequence[AttentionRow], block_size: int, causal: bool, capacity: Capacity | None = None
+        self, rows: Sequence[AttentionRow], arrays: RowArrays, causal: bool, capacity: Capacity | None = None
     ) -> None:
         from chorus.kernels.native.decode_attention import DecodeRows  # numba is not everywhere
 
         decodes = [row for row in rows if capacity is not None or is_short(row)]
-        pages = None if capacity is None else capacity.pages
-        self.decode_rows = DecodeRows(decodes, block_size, causal=causal, pages=pages) if decodes else None
         self.prefills = [row for row in rows if capacity is None and not is_short(row)]
+        block_size, pages = arrays.block_size, None if capacity is None else capacity.pages
+        own = RowArrays(decodes, block_size) if self.prefills else arrays
+        self.decode_rows = DecodeRows(own, causal=causal, pages=pages) if decodes else None
         self.prefill_blocks = [torch.tensor(row.used(block_size)) for row in self.prefills]
 
 
@@ -67,7 +68,8 @@ class AttentionPlan:
         causal: bool = True,
         triton: bool | None = None,
     ) -> None:
-        check_rows(rows, block_size, causal)
+        arrays = RowArrays(rows, block_size)
+        check_rows(rows, arrays, causal)
         self.runs_triton = runs_triton(device, triton)
         self._capacity = capacity
         self._tables: dict[tuple[int, int | None], AttentionTables] = {}
@@ -76,10 +78,10 @@ class AttentionPlan:
         self.causal = causal
         self.device = device
         self.tokens = self.rows[-1].end if self.rows else 0
-        slots = _slots(self.rows, block_size, causal)
+        self._arrays = arrays
+        self.highest_block = arrays.highest_block
+        slots, self.ends = _slots(arrays, causal)
         self.slots = to_device(slots, device)  # [T]
-        self.ends = _ends(slots)
-        self.highest_block = _highest_block(self.rows, block_size)
 
     def rewrite(self, rows: Sequence[AttentionRow]) -> None:
         """Another batch of as many tokens into the same tables, on the current stream and without waiting.
@@ -89,19 +91,19 @@ class AttentionPlan:
         """
         if self._capacity is None or not (self.runs_triton or self.device.type == "cpu"):
             raise ValueError("capacity: a plan without one is not written anew")
-        check_rows(rows, self.block_size, self.causal)
+        arrays = RowArrays(rows, self.block_size)
+        check_rows(rows, arrays, self.causal)
         if not rows or rows[-1].end != self.tokens:
             raise ValueError(f"rows: they end at {rows[-1].end if rows else 0}, the plan's at {self.tokens}")
         made = {(group, window): self._made(rows, group, window) for group, window in self._tables}
         if self.runs_triton:
             self.__dict__.pop("on_cpu", None)
         elif self.on_cpu.decode_rows is not None:
-            self.on_cpu.decode_rows.rewrite(rows)
-        self.rows = tuple(rows)
-        self.highest_block = _highest_block(self.rows, self.block_size)
-        slots = _slots(self.rows, self.block_size, self.causal)
+            self.on_cpu.decode_rows.rewrite(arrays)
+        self.rows, self._arrays = tuple(rows), arrays
+        self.highest_block = arrays.highest_block
+        slots, self.ends = _slots(arrays, self.causal)
         write(self.slots, slots)
-        self.ends = _ends(slots)
         for key, (tables, _) in made.items():
             write(self._tables[key].tables, tables)
 
@@ -119,22 +121,10 @@ class AttentionPlan:
     @cached_property
     def on_cpu(self) -> CpuRows:
         """For what runs on a CPU without Triton."""
-        return CpuRows(self.rows, self.block_size, self.causal, self._capacity)
+        return CpuRows(self.rows, self._arrays, self.causal, self._capacity)
 
 
-def _highest_block(rows: Sequence[AttentionRow], block_size: int) -> int:
-    return max((max(row.used(block_size)) for row in rows), default=-1)
-
-
-def _ends(slots: Tensor) -> tuple[int, int]:
-    """The lowest and the highest slot; 0 and -1 of none."""
-    return (int(slots.min()), int(slots.max())) if len(slots) else (0, -1)
-
-
-def _slots(rows: Sequence[AttentionRow], block_size: int, causal: bool) -> Tensor:
-    """Cache position of every new token, in batch order."""
-    slots = array("q")
-    for row in rows if causal else ():
-        first = row.context - (row.end - row.start)
-        slots.extend(row.blocks[p // block_size] * block_size + p % block_size for p in range(first, row.context))
-    return torch.tensor(slots, dtype=torch.int64)
+def _slots(arrays: RowArrays, causal: bool) -> tuple[Tensor, tuple[int, int]]:
+    """Cache position of every new token, in batch order, and the lowest and the highest; 0 and -1 of none."""
+    slots = arrays.slots() if causal else arrays.position[:0]
+    return torch.from_numpy(slots), (int(slots.min()), int(slots.max())) if len(slots) else (0, -1)

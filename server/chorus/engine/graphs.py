@@ -112,8 +112,6 @@ class StaticStep:
         Raises:
             ValueError: more than the shape holds, or a page that is none: what is recorded writes where it is told.
         """
-        if any(max(row.blocks, default=0) > self._nobody[0] for row in layout.rows):
-            raise ValueError(f"rows: a block over {self._nobody[0]}, the last there is")
         inputs = torch.zeros(4, self._rows, dtype=torch.int64, pin_memory=self._inputs.is_cuda)
         each_row = [layout.carried or layout.token_ids, layout.positions, is_long]
         inputs[:3, : len(layout.token_ids)] = torch.tensor(each_row)
@@ -122,6 +120,8 @@ class StaticStep:
         if drawn is not None:
             self.token_ids.copy_(carry(drawn, self.token_ids))
         self.attention.rewrite(self._filled(layout.rows))
+        if self.attention.highest_block > self._nobody[0]:
+            raise ValueError(f"rows: a block over {self._nobody[0]}, the last there is")
         if self.deltas is not None:
             self.deltas.write(layout.segments)
 
@@ -228,7 +228,9 @@ def _are_few(rows: Sequence[AttentionRow]) -> bool:
     return rows[-1].end <= MOST_WITH_PROMPTS and all(map(is_short, rows))
 
 
-def _each_token(rows: Sequence[AttentionRow]) -> list[AttentionRow]:
+def _each_token(rows: Sequence[AttentionRow]) -> Sequence[AttentionRow]:
+    if not rows or rows[-1].end == len(rows):
+        return rows
     return [token for row in rows for token in row.each_token()]
 
 

@@ -11,7 +11,6 @@ tokens, 16 heads of 64 over 4, take 131 us, where torch's bmm, page by page, too
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import math
-from collections.abc import Sequence
 from functools import cache
 
 import numba
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from chorus.kernels.native.numbers import HELD_AS, INLINE, exp, float_of, narrow, pointer, prefetch, take_ticket, wide
 from chorus.kernels.native.team import EDITION, Compiled
-from chorus.kernels.types import AttentionRow
+from chorus.kernels.row_arrays import RowArrays
 
 AHEAD = 4  # pages that are fetched before they are read: from memory, 16 ms instead of 27 for 12 layers of 16 x 1024
 
@@ -34,23 +33,21 @@ class DecodeRows:
     With room for `pages` the table can be written anew, in place.
     """
 
-    def __init__(
-        self, rows: Sequence[AttentionRow], block_size: int, *, causal: bool = True, pages: int | None = None
-    ) -> None:
-        self._block_size, self._causal = block_size, causal
-        self.count, numbers = _numbers(rows, block_size, causal)
+    def __init__(self, rows: RowArrays, *, causal: bool = True, pages: int | None = None) -> None:
+        self._causal = causal
+        self.count, numbers = len(rows.row), _numbers(rows, causal)
         self.table = torch.from_numpy(numbers)
         if pages is not None:
             self.table = torch.zeros(1 + 3 * self.count + pages, dtype=torch.int32)
             self.rewrite(rows)
 
-    def rewrite(self, rows: Sequence[AttentionRow]) -> None:
+    def rewrite(self, rows: RowArrays) -> None:
         """Others of as many tokens.
 
         Raises:
             ValueError: not as many, or more pages than there is room for; nothing is written then.
         """
-        count, numbers = _numbers(rows, self._block_size, self._causal)
+        count, numbers = len(rows.row), _numbers(rows, self._causal)
         if count != self.count or len(numbers) > len(self.table):
             raise ValueError(
                 f"rows: {count} tokens in tables of {len(numbers)} numbers, want {self.count} in {len(self.table)}"
@@ -58,18 +55,11 @@ class DecodeRows:
         self.table[: len(numbers)] = torch.from_numpy(numbers)
 
 
-def _numbers(rows: Sequence[AttentionRow], block_size: int, causal: bool) -> tuple[int, np.ndarray]:
-    """R, and the table."""
-    used = [row.used(block_size) for row in rows]
-    first_page = np.cumsum([0, *map(len, used)][:-1])
-    start, end, context = np.array([(row.start, row.end, row.context) for row in rows]).T
-    tokens = end - start
-    count = int(tokens.sum())
-    token = np.arange(count) - np.repeat(np.cumsum(tokens) - tokens, tokens)  # of its sequence's new ones
-    behind = np.repeat(tokens - 1, tokens) - token if causal else 0
-    each = [np.repeat(start, tokens) + token, np.repeat(context, tokens) - behind, np.repeat(first_page, tokens)]
-    parts = ([context.max()], *each, *used)
-    return count, np.concatenate([np.asarray(part, np.int32) for part in parts])
+def _numbers(rows: RowArrays, causal: bool) -> np.ndarray:
+    place = rows.start[rows.row] + rows.position - (rows.context - rows.tokens)[rows.row]
+    context = rows.position + 1 if causal else rows.context[rows.row]
+    parts = [rows.context.max()], place, context, rows.first_page[rows.row], rows.pages
+    return np.concatenate(parts, dtype=np.int32, casting="unsafe")
 
 
 def decode_attention(
