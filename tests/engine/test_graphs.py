@@ -68,7 +68,7 @@ def layout(*rows: tuple[int, int], prompt: int = 0, behind: int = 0, scored: boo
 )
 def test_a_shape_is_the_smallest_that_holds_the_batch(rows: list[tuple[int, int]], shape: tuple[int, int]) -> None:
     size, ranges = shape
-    assert shape_of(layout(*rows), POOL) == Shape(size, size, ranges, None, 0)
+    assert shape_of(layout(*rows), POOL) == Shape(size, 0, ranges, None, 0)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,7 @@ def test_an_adapter_that_embeds_has_no_shape_nor_one_that_acts_on_some_of_the_lo
     assert shape_of(layout((9, 2)), POOL) is Launch.ADAPTER
     assert isinstance(shape_of(layout((9, 3)), POOL), Shape)
     assert shape_of(layout((9, 3), prompt=7), POOL) is Launch.ADAPTER
+    assert shape_of(layout((9, 3), (9, -1), prompt=2), POOL) is Launch.ADAPTER
 
 
 class Recorded:
@@ -157,7 +158,7 @@ def test_a_shape_is_recorded_once_it_has_come_back_often_enough_and_replayed_fro
         logits = recorded.run(batch)
         assert logits is not None
         assert logits.shape == (3, 2)
-    assert recorded.made == [Shape(4, 4, 4, None, 0)]
+    assert recorded.made == [Shape(4, 0, 4, None, 0)]
     assert len(recorded.written) == 1 + 3
     assert recorded.graphs.take_launches() == {Launch.RARE: SEEN_BEFORE, Launch.RECORDED: 1, Launch.GRAPH: 2}
     assert recorded.graphs.held == 1

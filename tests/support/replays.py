@@ -9,11 +9,12 @@ from chorus.engine.graphs import Record
 from support.engines import Run, hold, make_engine, reference, run
 from support.tiny import VOCAB, save_adapter, save_base, solo_greedy
 
-# (prompt's length, new tokens, adapter, step that it comes in). Three recordings: of up to 32 tokens, two of which have
+# (prompt's length, new tokens, adapter, step that it comes in). Five recordings: of up to 32 tokens, two of which have
 # logits, made with the prompts of adapters 1 and 2, and replayed with a decode of 1 and the prompt of 3, then with the
-# prompts of 2 and of the base; of two decodes, made with 1 and 2, replayed with 1 and 3, 2 and the base; of one decode.
-REQUESTS = [(27, 6, 1, 0), (5, 3, 2, 0), (31, 2, 3, 3), (20, 4, 2, 6), (11, 3, 0, 6)]
-LAUNCHES = {m.Launch.RECORDED: 3, m.Launch.GRAPH: 7}
+# prompts of 2 and of the base; of two decodes, made with 1 and 2, replayed with 1 and 3, 2 and the base; of one decode;
+# of two decodes and a prompt of two tokens between them; of three decodes.
+REQUESTS = [(27, 6, 1, 0), (5, 3, 2, 0), (31, 2, 3, 3), (20, 4, 2, 6), (11, 3, 0, 6), (2, 2, 0, 7)]
+LAUNCHES = {m.Launch.RECORDED: 5, m.Launch.GRAPH: 5}
 
 
 def serve_other_tenants(folder: Path, family: str, record: Record, *, overlap: bool = False, **adapter: object) -> Run:

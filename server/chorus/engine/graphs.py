@@ -73,9 +73,10 @@ class CudaGraphs:
 
 
 class Shape(NamedTuple):
-    """What a graph is recorded for: `rows` tokens whose contexts are cut into `ranges` together, logits of so many.
+    """What a graph is recorded for: `rows` tokens whose contexts are cut into `ranges` together.
 
-    `low_rank` is None where no adapter acts, else for adapters at the first `linears` of the sites that are used.
+    It gives the logits of so many rows, which each batch names; with 0, of all. `low_rank` is None where no adapter
+    acts, else for adapters at the first `linears` of the sites that are used.
     """
 
     rows: int
@@ -99,7 +100,7 @@ class StaticStep:
         self._nobody = (scratch_block,)
         self._inputs = torch.zeros(4, shape.rows, dtype=torch.int64, device=device)
         self.token_ids, self.positions, self.is_long, logit_rows = self._inputs
-        self.logit_rows = logit_rows[: shape.logits] if shape.logits < shape.rows else 0
+        self.logit_rows = logit_rows[: shape.logits] if shape.logits else 0
         capacity = AttentionCapacity.of_decodes(shape.rows, shape.ranges, block_size)
         self.attention = AttentionPlan(self._filled([]), block_size, device, capacity)
         self.deltas: StaticPlans | None = None
@@ -131,7 +132,7 @@ class StaticStep:
 
 
 class StepGraphs:
-    """The recorded steps of a runner, whose `compute` gives logits [rows, V] of a static step."""
+    """The recorded steps of a runner, whose `compute` gives a static step's logits, of all rows or of those named."""
 
     def __init__(
         self,
@@ -213,9 +214,9 @@ def shape_of(layout: Layout, pool: AdapterPool) -> Shape | Literal[Launch.PROMPT
     if not logits or layout.scored or (rows > len(layout.rows) and not _are_few(layout.rows)):
         return Launch.PROMPT
     size = _round_rows(rows)
-    wanted = size if logits == rows else min(_round_up(logits, least=1), size)
+    wanted = 0 if logits == rows else min(_round_up(logits, least=1), size)
     slots = [segment.slot for segment in layout.segments]
-    if any(pool.embeds(slot) or (wanted < size and pool.acts_on_logits(slot)) for slot in slots):
+    if any(pool.embeds(slot) or (wanted and pool.acts_on_logits(slot)) for slot in slots):
         return Launch.ADAPTER
     ranges = sum(decode_ranges(row.context) for row in _each_token(layout.rows)) + size - rows
     low_rank = _low_rank(layout.segments, size, pool)

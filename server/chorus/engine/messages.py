@@ -28,7 +28,7 @@ class Launch(Enum):
     RARE = "rare"
     """The batch's shape has not come often enough to be worth a recording."""
     PROMPT = "prompt"
-    """Too much of it is of prompts, or their tokens are scored."""
+    """Too much of it is of prompts, their tokens are scored, or nothing is sampled."""
     ADAPTER = "adapter"
     """An adapter does what no graph holds."""
     FAILED = "failed"
