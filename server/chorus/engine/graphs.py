@@ -186,7 +186,7 @@ class StepGraphs:
         step = self._new_step(shape)
         step.write(layout, is_long)
         try:
-            self._compute(step)  # compiles kernels, which must not happen in a recording
+            self._compute(step)  # what happens the first time only, compiling too, is not to be recorded
             self._kept[shape] = step, self._record(lambda: self._compute(step))
         except RuntimeError as error:
             self._refused.add(shape)
