@@ -120,12 +120,12 @@ def efficiency_row(speed: dict[str, Any], floors: list[Answer]) -> dict[str, flo
 
 
 def profile_row(field: Field) -> dict[str, dict[str, float]]:
-    """Where a decode step's time goes, by workload; prints it beside the floor."""
+    """Where the time of a decode step that is not recorded goes, by workload; prints it beside the floor."""
     row = {}
     for workload in EFFICIENCY_OF:
         parts = field.chorus.ask(ask="profile", adapters=WORKLOADS[workload], turn=-1)["parts_ms"]
         row[f"{workload}_profile_ms"] = parts
-        print(f"{workload}: a decode step of {sum(parts.values()):.2f} ms", file=sys.stderr)
+        print(f"{workload}: a decode step of {sum(parts.values()):.2f} ms, operator by operator", file=sys.stderr)
         for name, spent in sorted(parts.items(), key=lambda part: -part[1]):
             print(f"  {name:28} {spent:7.2f} ms   {spent / sum(parts.values()):4.0%}", file=sys.stderr)
     return row
