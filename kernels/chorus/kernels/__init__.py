@@ -8,6 +8,7 @@ from chorus.kernels.attention_tables import Capacity as AttentionCapacity
 from chorus.kernels.attention_tables import decode_ranges
 from chorus.kernels.filtered_draw import filtered_draw
 from chorus.kernels.head import HeadPlan, head
+from chorus.kernels.likeliest import likeliest
 from chorus.kernels.low_rank import LowRankPlan, low_rank, low_rank_group
 from chorus.kernels.low_rank_choice import capacity_family as low_rank_family
 from chorus.kernels.low_rank_static import StaticLowRank
@@ -58,6 +59,7 @@ __all__ = [
     "gelu_tanh_mul",
     "head",
     "is_short",
+    "likeliest",
     "low_rank",
     "low_rank_family",
     "low_rank_group",

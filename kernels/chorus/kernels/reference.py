@@ -272,6 +272,13 @@ def packed_attention(
     return paged_attention(query, key[:, :, None], value[:, :, None], rows, scale=scale, bias=bias, causal=False)
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """The id of the largest of each row of logits [S, V], of equal ones the smallest id; -1 where the largest is not
+    finite, or the row has NaN."""
+    best, ids = logits.max(dim=-1)  # NaN where there is one; of equals the first
+    return torch.where(torch.isfinite(best), ids, -1)
+
+
 def filtered_draw(weights: Tensor, totals: Tensor, top_k: Tensor, top_p: Tensor, noise: Tensor) -> Tensor:
     """Draws an id for each row of weights [R, V], which need not add up to 1, by its `noise` [R] in [0, 1).
 

@@ -21,11 +21,12 @@ from chorus.engine.filters import draw_kept
 from chorus.engine.inversion import invert
 from chorus.engine.messages import Sampling
 from chorus.engine.sequence import Sequence
+from chorus.kernels import likeliest
 from chorus.kernels.upload import to_device
 
 # Below this a temperature is greedy: dividing by it would overflow.
 GREEDY_TEMPERATURE = 1e-5
-# What `sample` gives for a row whose logits are not finite.
+# What `sample` gives for a row whose logits are not finite, and `likeliest` for it.
 NOT_FINITE = -1
 
 Way = Callable[[Tensor, Seq[Sequence], int], Tensor]
@@ -47,16 +48,16 @@ def draw(
     `pending` [S] are the tokens that a step before has drawn for each, if that has not been read: then they are not in
     the sequences' outputs yet.
     """
-    best, tokens = logits.max(dim=-1)
-    finite = torch.isfinite(best)
+    tokens = likeliest(logits)
     ahead = int(pending is not None)
     others = [i for i, seq in enumerate(sequences) if not _is_likeliest(seq, ahead)]
     if others:
         index = _on_device(others, torch.int64, logits.device)
         rows, chosen = logits.index_select(0, index).float(), [sequences[i] for i in others]
         penalties.apply(rows, chosen, eos_token_ids, None if pending is None else pending.index_select(0, index))
-        tokens = tokens.index_copy(0, index, _choose(rows, chosen, ahead))
-    return torch.where(finite, tokens, NOT_FINITE)
+        finite = tokens.index_select(0, index) != NOT_FINITE
+        tokens.index_copy_(0, index, torch.where(finite, _choose(rows, chosen, ahead), NOT_FINITE))
+    return tokens
 
 
 def uniform(seed: int, position: int) -> float:
@@ -90,8 +91,7 @@ def _way(sampling: Sampling, vocabulary: int) -> Way:
 
 
 def _likeliest(logits: Tensor, sequences: Seq[Sequence], ahead: int) -> Tensor:
-    best, tokens = logits.max(dim=-1)
-    return torch.where(torch.isfinite(best), tokens, NOT_FINITE)
+    return likeliest(logits)
 
 
 def _draw_of_all(logits: Tensor, sequences: Seq[Sequence], ahead: int) -> Tensor:

@@ -9,6 +9,7 @@
     rope_store.py        queries and keys normed and rotated, keys and values stored
     residual_norm.py     sums and their norms
     gated_mul.py         act(gate) * up
+    likeliest.py         greedy tokens
     program.py           calls of kernels, one after the other, as one
     tape.py              a computation recorded as programs, and asked for again
 
@@ -21,6 +22,7 @@ import torch
 from chorus.kernels.native import (
     decode_attention,
     gated_mul,
+    likeliest,
     low_rank,
     packed_linear,
     program,
@@ -37,6 +39,8 @@ def prepare(dtype: torch.dtype, head_dim: int, block_size: int) -> None:
         low_rank.prepare(dtype)
         rope_store.prepare(dtype)
         packed_linear.prepare(dtype)
+        likeliest.prepare(dtype)
+        likeliest.prepare(torch.float32)  # of logits with penalties
         program.prepare()
         if dtype != torch.float32:
             residual_norm.prepare(dtype)
