@@ -169,6 +169,17 @@ class TestStaticLowRankOfACpu:
             for plan, which in zip(static.plans, batch_of, strict=True):
                 assert torch.equal(self.added(plan), self.added(LowRankPlan(made[which], CPU)))
 
+    def test_refuses_fewer_rows_than_a_batch_may_have(self) -> None:
+        pool = RankPool(torch.zeros(48, 40), torch.zeros(48, 24), torch.zeros(48))
+        with pytest.raises(ValueError, match="plan: made for at least 4 rows, x has 3"):
+            low_rank(torch.zeros(3, 24), torch.zeros(3, 40), pool, StaticLowRank(1, self.CAPACITY, CPU).plans[0])
+
+    def test_may_be_of_no_sites(self) -> None:
+        for triton in (False, True):
+            static = StaticLowRank(0, self.CAPACITY, CPU, triton=triton)
+            static.rewrite([(), self.ONE], [])
+            assert static.plans == []
+
     def test_holds_a_segment_for_each_row_of_the_largest_rank(self) -> None:
         static, full = StaticLowRank(1, self.CAPACITY, CPU), [range(16 * i, 16 * i + 16) for i in range(3)]
         segments = [LowRankSegment(i, i + 1, tuple(rows)) for i, rows in enumerate([*full, full[0]])]

@@ -27,6 +27,8 @@ class StaticLowRank:
         else:
             cpu = self._tables = _CpuTables(count, capacity)
             self.plans = [LowRankPlan((), device, triton=False, on_cpu=own) for own in cpu.sites]
+        for plan in self.plans:  # a replay writes as many rows, whatever was there when it was recorded
+            plan.needs = plan.needs._replace(rows=capacity.rows)
 
     def rewrite(self, batches: Sequence[Sequence[LowRankSegment]], batch_of: Sequence[int]) -> None:
         """Site i gets batches[batch_of[i]], on the current stream and without waiting.
@@ -56,7 +58,7 @@ class _CpuTables:
             check_capacity(used, self._capacity)
             made.append(self._of(used))
             hosts.append(self._padded(made[-1].table))
-        self._memory.copy_(torch.stack(hosts)[torch.tensor(batch_of)])
+        self._memory.copy_(torch.stack(hosts)[torch.tensor(batch_of, dtype=torch.int64)])
         for short, i in zip(self._short, batch_of, strict=True):
             short.items = made[i].items
 

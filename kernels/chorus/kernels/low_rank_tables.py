@@ -166,7 +166,7 @@ class StaticTables:
             used = [s for s in segments if s.acts]
             check_capacity(used, self._capacity)
             hosts.append(self._host(used))
-        write(self._buffer, torch.stack(hosts)[torch.tensor(batch_of)])
+        write(self._buffer, torch.stack(hosts)[torch.tensor(batch_of, dtype=torch.int64)])
 
     def _host(self, segments: Sequence[LowRankSegment]) -> Tensor:
         host = _fill(segments, self._geometry, self._capacity)

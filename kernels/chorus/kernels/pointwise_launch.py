@@ -27,6 +27,8 @@ def residual_norm_op(
     """`reference.residual_norm`; `table[slots_at + t]` is row t's slot of the pooled `weights`, if there are any."""
     rows, width = residual.shape
     out = residual.new_empty(rows, width)
+    if not rows:  # a step from which nothing is told; CUDA knows no empty grid
+        return out
     tile = norm_tile(width)
     with torch.cuda.device_of(residual):
         kernels.residual_norm[(rows,)](

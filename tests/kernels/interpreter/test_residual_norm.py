@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from chorus.kernels import Norm, RowPlan, SlotSegment, residual_norm
 from chorus.kernels.types import NormKind
+from support.launches import noted_launches
 from support.pointwise import EPS, check_norm, make_norm
 from support.rows import DTYPES, Layout, layouts, noise, segments_of
 
@@ -64,6 +65,16 @@ def test_the_op_is_what_torch_expects_of_ops() -> None:
 def test_rows_wider_than_the_kernel_takes_are_refused(width: int, widest: int) -> None:
     with pytest.raises(ValueError, match=f"residual: rows of {width}, the kernel takes up to {widest}"):
         residual_norm(torch.zeros(1, width), None, Norm("rms", torch.ones(width), EPS), triton=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_rows_nothing_is_launched(dtype: torch.dtype) -> None:
+    norm, none = Norm("rms", torch.ones(16, dtype=dtype), EPS), torch.zeros(0, 16, dtype=dtype)
+    with noted_launches() as launches:
+        out = residual_norm(none, none, norm, triton=True)
+        residual_norm(torch.zeros(1, 16, dtype=dtype), None, norm, triton=True)
+    assert out.shape == (0, 16)
+    assert [(name, grid) for name, grid, _ in launches] == [("residual_norm", (1,))]
 
 
 def test_float64_runs_on_the_specification() -> None:
