@@ -9,7 +9,7 @@ Only the step thread may touch a pool.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,15 +141,17 @@ class AdapterPool:
         """Whether an adapter has a delta at lm_head."""
         return not self._heads.isdisjoint(self._slots[slot])
 
-    def layouts(self, segments: Sequence[SlotSegment]) -> list[tuple[tuple[LowRankSegment, ...], list[str]]]:
-        """The segments' pool rows, and the sites where they are those.
+    def layouts(
+        self, segments: Sequence[SlotSegment], at: Iterable[str] | None = None
+    ) -> list[tuple[tuple[LowRankSegment, ...], list[str]]]:
+        """The segments' pool rows, and the sites where they are those: of all, or of those that are asked for.
 
         An adapter owns one tuple wherever its rows are the same, so sites are told apart by identity: comparing the
         rows themselves took 8.2 ms for 50 segments at 85 sites, this takes 0.7.
         """
         tables = [self._slots[segment.slot] for segment in segments]
         sites: dict[tuple[int, ...], list[str]] = {}
-        for name in self.pools:
+        for name in self.pools if at is None else at:
             sites.setdefault(tuple(id(table.get(name)) for table in tables), []).append(name)
         layouts = []
         for names in sites.values():

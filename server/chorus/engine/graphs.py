@@ -19,14 +19,14 @@ A batch without adapters has a graph of its own, in which nothing of adapters is
 import logging
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from chorus.adapters.pool import AdapterPool, SlotSegment
-from chorus.adapters.static_plans import StaticPlans
+from chorus.adapters.static_plans import HeadSites, StaticPlans
 from chorus.engine.layout import Layout
 from chorus.engine.messages import Launch
 from chorus.kernels import (
@@ -89,23 +89,32 @@ class Shape(NamedTuple):
 class StaticStep:
     """What a recorded step reads, written anew for each batch: ids, positions and `is_long` [rows], and its plans.
 
-    `logit_rows` [logits] are those whose logits are wanted, 0 if all are. Rows that a batch has not are decodes of a
-    single token in a block that nobody else has.
+    `wanted` [logits] are the rows whose logits are wanted, None if all are. Rows that a batch has not are decodes of a
+    single token in a block that nobody else has. Of `head_sites` the plans are for the wanted rows alone.
     """
 
     def __init__(
-        self, shape: Shape, pool: AdapterPool, *, block_size: int, scratch_block: int, device: torch.device
+        self,
+        shape: Shape,
+        pool: AdapterPool,
+        head_sites: Collection[str],
+        *,
+        block_size: int,
+        scratch_block: int,
+        device: torch.device,
     ) -> None:
         self._rows = shape.rows
         self._nobody = (scratch_block,)
         self._inputs = torch.zeros(4, shape.rows, dtype=torch.int64, device=device)
-        self.token_ids, self.positions, self.is_long, logit_rows = self._inputs
-        self.logit_rows = logit_rows[: shape.logits] if shape.logits else 0
+        self.token_ids, self.positions, self.is_long, wanted = self._inputs
+        self.wanted = wanted[: shape.logits] if shape.logits else None
         capacity = AttentionCapacity.of_decodes(shape.rows, shape.ranges, block_size)
         self.attention = AttentionPlan(self._filled([]), block_size, device, capacity)
         self.deltas: StaticPlans | None = None
         if shape.low_rank is not None:
-            self.deltas = StaticPlans(pool, pool.linears_used[: shape.linears], shape.low_rank, device)
+            names = pool.linears_used[: shape.linears]
+            heads = HeadSites(head_sites, shape.logits) if shape.logits else None
+            self.deltas = StaticPlans(pool, names, shape.low_rank, device, heads)
 
     def write(self, layout: Layout, is_long: Sequence[bool], drawn: Tensor | None = None) -> None:
         """On the current stream and without waiting.
@@ -124,7 +133,7 @@ class StaticStep:
         if self.attention.highest_block > self._nobody[0]:
             raise ValueError(f"rows: a block over {self._nobody[0]}, the last there is")
         if self.deltas is not None:
-            self.deltas.write(layout.segments)
+            self.deltas.write(layout.segments, layout.logit_segments)
 
     def _filled(self, rows: Sequence[AttentionRow]) -> list[AttentionRow]:
         tokens = _each_token(rows)

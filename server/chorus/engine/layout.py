@@ -53,6 +53,11 @@ class Layout(NamedTuple):
     sampled_at: list[int]
     scored: list[Scored]
 
+    @property
+    def wants_all(self) -> bool:
+        """Whether the logits of all T rows are wanted, which are in order then."""
+        return len(self.logit_rows) == len(self.token_ids)
+
 
 def lay_out(chunks: Sequence[Chunk], before: Sequence[Chunk] = ()) -> Layout:
     """Sorts chunks by adapter slot and lays their tokens out row by row; within an adapter they keep their order.

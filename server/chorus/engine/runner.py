@@ -40,7 +40,10 @@ class Runner:
         if record is not None:
             memory = {"block_size": block_size, "scratch_block": kv_blocks}
             self.graphs = StepGraphs(
-                record, self._compute_static, lambda shape: StaticStep(shape, pool, **memory, device=base.device), pool
+                record,
+                self._compute_static,
+                lambda shape: StaticStep(shape, pool, base.head_sites, **memory, device=base.device),
+                pool,
             )
 
     @torch.inference_mode()
@@ -54,19 +57,19 @@ class Runner:
             return replayed
         device = self._base.device
         plan = AttentionPlan(layout.rows, self._block_size, device)
-        token_ids, positions, long, logit_rows = upload(
-            layout.carried or layout.token_ids, layout.positions, is_long, layout.logit_rows, device=device
+        rows = [] if layout.wants_all else layout.logit_rows
+        token_ids, positions, long, wanted = upload(
+            layout.carried or layout.token_ids, layout.positions, is_long, rows, device=device
         )
         if drawn is not None:
             token_ids = carry(drawn, token_ids)
         plans, head_plans = self._pool.plans(layout.segments), self._pool.plans(layout.logit_segments)
-        return self._compute(plan, token_ids, positions, long, logit_rows, plans, head_plans)
+        return self._compute(plan, token_ids, positions, long, None if layout.wants_all else wanted, plans, head_plans)
 
     def _compute_static(self, step: StaticStep) -> Tensor:
         plans = step.deltas.plans if step.deltas is not None else {}
-        head_plans = plans if isinstance(step.logit_rows, int) else {}  # nobody acts there then
-        inputs = step.token_ids, step.positions, step.is_long, step.logit_rows
-        return self._compute(step.attention, *inputs, plans, head_plans)
+        inputs = step.token_ids, step.positions, step.is_long, step.wanted
+        return self._compute(step.attention, *inputs, plans, head_plans=plans)
 
     def _compute(
         self,
@@ -74,23 +77,24 @@ class Runner:
         token_ids: Tensor,
         positions: Tensor,
         is_long: Tensor,
-        logit_rows: Tensor | int,
+        wanted: Tensor | None,
         plans: Mapping[str, LowRankPlan],
         head_plans: Mapping[str, LowRankPlan],
     ) -> Tensor:
-        """Logits of `logit_rows`, of all rows if 0; lm_head sees these alone, so it has plans of its own."""
-        for name, layer in self._base.adapted.items():
-            plan = (head_plans if layer.site.is_lm_head else plans).get(name)
+        """Logits of the `wanted` rows, of all if None; what sees these alone, `head_sites`, has `head_plans`."""
+        base = self._base
+        for name, layer in base.adapted.items():
+            plan = (head_plans if name in base.head_sites else plans).get(name)
             if layer.plan is not plan:  # a module's attribute is dear to set, and plans outlive steps
                 layer.plan = plan
-        if self._base.longrope is not None:
-            self._base.longrope.is_long = is_long.bool()
-        output = self._base.module(
+        if base.longrope is not None:
+            base.longrope.is_long = is_long.bool()
+        output = base.module(
             input_ids=token_ids[None],
             position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=logit_rows,
-            chorus_step=StepAttention(attention, self._k_cache, self._v_cache),
+            logits_to_keep=0 if wanted is None or base.narrows else wanted,  # 0: all that are left
+            chorus_step=StepAttention(attention, self._k_cache, self._v_cache, wanted),
         )
         logits: Tensor = output.logits[0]
         return logits

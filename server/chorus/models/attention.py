@@ -17,11 +17,15 @@ NAME = "chorus_paged"
 
 @dataclass(frozen=True, slots=True)
 class StepAttention:
-    """What every layer's attention needs in one step; the caches are [layers, blocks, H_kv, block_size, D]."""
+    """What every layer's attention needs in one step; the caches are [layers, blocks, H_kv, block_size, D].
+
+    `wanted` [L] are the rows that the last layer, where it is a `block.Block`, computes past attention; None: all.
+    """
 
     plan: AttentionPlan
     k_cache: Tensor
     v_cache: Tensor
+    wanted: Tensor | None = None
     _ropes: dict[int, RopePlan] = field(default_factory=dict)
 
     def rope(self, cos: Tensor, sin: Tensor) -> RopePlan:

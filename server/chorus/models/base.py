@@ -39,7 +39,11 @@ DUMMY_SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A loaded base model: transformers' module in eval mode, its adapted layers by site name, what is known of it."""
+    """A loaded base model: transformers' module in eval mode, its adapted layers by site name, what is known of it.
+
+    `head_sites` see the rows alone whose logits are wanted: lm_head, and where the last layer `narrows` to them, its
+    linears past attention.
+    """
 
     module: PreTrainedModel
     adapted: dict[str, Adapted]
@@ -48,6 +52,8 @@ class Base:
     layers: int
     kv_heads: int
     head_dim: int
+    head_sites: frozenset[str]
+    narrows: bool
     longrope: RowwiseLongRope | None = None
 
     @property
@@ -102,8 +108,7 @@ def load_base(
         packs = module.device.type == "cpu" and module.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
         if packs:
             _own_the_rest(module, adapted)
-        if family.plain_block:
-            use_blocks(module)
+        last = use_blocks(module) if family.plain_block else None
         longrope = replace_longrope(module, config)
         facts = BaseFacts(
             name=name,
@@ -129,6 +134,8 @@ def load_base(
         layers=int(config.num_hidden_layers),
         kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        head_sites=_head_sites(adapted, last),
+        narrows=last is not None,
         longrope=longrope,
     )
 
@@ -158,6 +165,11 @@ def _adapt(module: PreTrainedModel, family: Family) -> dict[str, Adapted]:
     for name, layer in adapted.items():
         module.set_submodule(name, layer)
     return adapted
+
+
+def _head_sites(adapted: dict[str, Adapted], last: Block | None) -> frozenset[str]:
+    past_attention: tuple[Adapted, ...] = last.past_attention if last is not None else ()
+    return frozenset(name for name, layer in adapted.items() if layer.site.is_lm_head or layer in past_attention)
 
 
 def _own_the_rest(module: PreTrainedModel, adapted: dict[str, Adapted]) -> None:

@@ -7,6 +7,9 @@ Gemma 2 and 3 norm what o and down give before it is added; Qwen 3 and Gemma 3 n
 transformers' own layer makes 38 kernels of it. This one reads the same modules, at the same paths, and computes the
 same: its linears are grouped where they read the same tensor, q and k are rotated together, sums ride on the linears
 before them. Which families have layers of this form says `families.Family.plain_block`.
+
+Nobody reads the last layer but the head, so past its attention it computes only the rows whose logits are wanted: of a
+prompt the last one. That is 7 % of the arithmetic of a prompt's 12 layers in a 144M Llama, 3 % of 8B's 32.
 """
 
 from collections.abc import Callable
@@ -36,8 +39,9 @@ class Block(nn.Module):
     self_attn: Any
     mlp: Any
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, *, is_last: bool) -> None:
         super().__init__()
+        self._is_last = is_last
         for name, part in layer.named_children():
             setattr(self, name, part)
         attention, mlp = layer.self_attn, layer.mlp
@@ -65,6 +69,12 @@ class Block(nn.Module):
     def groups(self) -> tuple[LinearGroup, ...]:
         return tuple(part for part in (self._qkv, self._gate_up) if isinstance(part, LinearGroup))
 
+    @property
+    def past_attention(self) -> tuple[AdaptedLinear, ...]:
+        """The linears that see attended rows."""
+        gate_up = self._gate_up.members if isinstance(self._gate_up, LinearGroup) else (self._gate_up,)
+        return (self.self_attn.o_proj, *gate_up, self.mlp.down_proj)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -73,10 +83,14 @@ class Block(nn.Module):
         chorus_step: StepAttention,
         **_: Any,
     ) -> Tensor:
-        """hidden_states [1, T, hidden]; cos and sin [1, T, D]."""
+        """hidden_states [1, T, hidden]; cos and sin [1, T, D]. Of the last layer only the step's wanted rows return."""
         x = hidden_states[0]
         qkv = self._qkv(residual_norm(x, None, self._attention_norm)).view(x.shape[0], -1, self._head_dim)
         attended = self._attend(qkv, position_embeddings, chorus_step)
+        if self._is_last and (wanted := chorus_step.wanted) is not None:
+            x, attended = x.index_select(0, wanted), attended.index_select(0, wanted)
+            if not len(x):  # a piece of a prompt from which nothing is told: all of it is in the cache
+                return x[None]
         x = _add(x, attended, self.self_attn.o_proj, self._o_norm)
         gate, up = self._gate_up(residual_norm(x, None, self._mlp_norm)).chunk(2, dim=-1)
         return _add(x, self._gated(gate, up), self.mlp.down_proj, self._down_norm)[None]
@@ -129,12 +143,17 @@ def _add(residual: Tensor, x: Tensor, linear: Any, norm: Norm | None) -> Tensor:
     return residual_norm(linear(x), None, norm).add_(residual)
 
 
-def use_blocks(module: Any) -> None:
-    """Puts blocks in the place of a model's decoder layers, and our norm in that of the one after them."""
+def use_blocks(module: Any) -> Block:
+    """Puts blocks in the place of a model's decoder layers, and our norm in that of the one after them.
+
+    Returns the last.
+    """
     model = module.model
-    for i, layer in enumerate(model.layers):
-        model.layers[i] = Block(layer)
+    blocks = [Block(layer, is_last=layer is model.layers[-1]) for layer in model.layers]
+    for i, block in enumerate(blocks):
+        model.layers[i] = block
     model.norm = LastNorm(model.norm)
+    return blocks[-1]
 
 
 def _one_or_group(parent: Any, fused: str, names: tuple[str, ...]) -> AdaptedLinear | LinearGroup:

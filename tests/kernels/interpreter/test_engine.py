@@ -23,9 +23,24 @@ ASKED_ON_CUDA: dict[str, Callable[..., Any]] = {
 }
 
 
-def test_row_of_a_mixed_batch_equals_the_solo_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True)
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, operator in ASKED_ON_CUDA.items():
         monkeypatch.setattr(name, partial(operator, triton=True))
+
+
+def test_a_prompt_whose_first_piece_wants_no_logits_equals_the_solo_run(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", layers=1)
+    adapter = save_adapter(base, tmp_path / "a", 1, r=4)
+    prompt = (7, 11, 13, 17, 19, 23)
+    submit = m.Submit(0, prompt, m.Sampling(1, temperature=0.0, ignore_eos=True), reference(base, adapter))
+    got = run(make_engine(base, block_size=16, max_step_tokens=4), {0: [submit]})
+    tokens, gap = solo_greedy(base, adapter, list(prompt), 1)
+    assert gap > 1e-4
+    assert got.tokens[0] == tokens
+
+
+def test_row_of_a_mixed_batch_equals_the_solo_run(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen3", layers=2)
     adapters = [None, save_adapter(base, tmp_path / "a", 1, r=4), save_adapter(base, tmp_path / "b", 2, r=11)]
     generator = torch.Generator().manual_seed(3)
