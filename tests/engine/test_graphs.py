@@ -20,18 +20,15 @@ ROWS = low_rank_family(2, 1)
 
 
 class Pool:
-    """What shapes are made of: adapters of rank 8 and 40 in slots 0 and 1, of an embedding in 2, of lm_head in 3."""
+    """What shapes are made of: adapters of rank 8 and 40 in slots 0 and 1, of an embedding in 2."""
 
     linears_used = ("q", "v")
 
     def rank_of(self, slot: int) -> int:
-        return (8, 40, 8, 8)[slot]
+        return (8, 40, 8)[slot]
 
     def embeds(self, slot: int) -> bool:
         return slot == 2
-
-    def acts_on_logits(self, slot: int) -> bool:
-        return slot == 3
 
 
 POOL: Any = Pool()
@@ -120,11 +117,9 @@ def test_what_is_much_or_asks_for_more_has_no_shape() -> None:
     assert shape_of(layout((9, -1), prompt=7, scored=True), POOL) is Launch.PROMPT
 
 
-def test_an_adapter_that_embeds_has_no_shape_nor_one_that_acts_on_some_of_the_logits() -> None:
+def test_an_adapter_that_embeds_has_no_shape() -> None:
     assert shape_of(layout((9, 2)), POOL) is Launch.ADAPTER
-    assert isinstance(shape_of(layout((9, 3)), POOL), Shape)
-    assert shape_of(layout((9, 3), prompt=7), POOL) is Launch.ADAPTER
-    assert shape_of(layout((9, 3), (9, -1), prompt=2), POOL) is Launch.ADAPTER
+    assert shape_of(layout((9, 2), (9, -1), prompt=2), POOL) is Launch.ADAPTER
 
 
 class Recorded:

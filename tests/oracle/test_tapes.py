@@ -34,6 +34,17 @@ def test_replays_of_a_recording_serve_batches_of_other_tenants(
     assert got.graphs == 5
 
 
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_adapters_of_the_head_are_recorded_with_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Of the head alone: no other site has a plan. Phi computes all rows of its last layer, Llama those wanted."""
+    monkeypatch.setattr(graphs, "SEEN_BEFORE", 0)
+    got = serve_other_tenants(tmp_path, family, Tapes(), target_modules=["lm_head"])
+    assert got.launches == LAUNCHES
+    assert got.graphs == 5
+
+
 @dataclass(frozen=True)
 class Part:
     """`count` tokens behind `before` others, of the base or one of the adapters; the last is sampled or not."""
@@ -52,13 +63,17 @@ def batches(adapters: int) -> st.SearchStrategy[list[Part]]:
 
 
 def test_in_bfloat16_a_replay_is_the_step_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decodes and chunks of prompts, of the base and of adapters, one at lm_head, and what they leave in the cache."""
+    """Decodes and chunks of prompts, of the base and of adapters, and what they leave in the cache.
+
+    The third adapter acts on logits; the fourth embeds, and is never recorded.
+    """
     monkeypatch.setattr(graphs, "SEEN_BEFORE", 0)
     folder = save_base(tmp_path / "base", "llama", layers=1)
     base = load_base(str(folder), device="cpu", dtype="bfloat16")
     pool = AdapterPool(base.sites, rows=64, device=base.device, dtype=base.dtype)
     slots = [-1]
-    for seed, sites in enumerate(["all-linear", ["q_proj", "down_proj"], ["lm_head", "q_proj"]], start=1):
+    targets = ["all-linear", ["q_proj", "down_proj"], ["lm_head", "q_proj"], ["embed_tokens"]]
+    for seed, sites in enumerate(targets, start=1):
         read = artifacts.read(save_adapter(folder, tmp_path / str(seed), seed, r=4 * seed, target_modules=sites))
         slot = pool.load(kinds.lower(read, base.sites, max_rank=64, base_weight=base.weight))
         assert slot is not None
@@ -67,8 +82,10 @@ def test_in_bfloat16_a_replay_is_the_step_bit_for_bit(tmp_path: Path, monkeypatc
     assert recorded.graphs is not None
     launches: Counter[m.Launch] = Counter()
 
+    embedding = batches(3).map(lambda batch: [*batch, Part(4, before=2, count=1, samples=True)])
+
     @settings(max_examples=150, deadline=None)
-    @given(batches(2) | batches(2) | batches(3))  # the third acts on logits
+    @given(batches(3) | batches(3) | batches(3) | embedding)
     def check(batch: list[Part]) -> None:
         chunks = []
         for i, part in enumerate(batch):

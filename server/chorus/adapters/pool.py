@@ -41,7 +41,6 @@ class AdapterPool:
         self._device = device
         self._slots: dict[int, dict[str, tuple[int, ...]]] = {}
         self._embeddings = {name for name, site in sites.items() if site.is_embedding}
-        self._heads = {name for name, site in sites.items() if site.is_lm_head}
         self._sites_used: dict[str, None] = {}
         self._next_slot = 0
         self._plans: OrderedDict[tuple[SlotSegment, ...], dict[str, LowRankPlan]] = OrderedDict()
@@ -136,10 +135,6 @@ class AdapterPool:
     def embeds(self, slot: int) -> bool:
         """Whether an adapter changes what is looked up for a token or a position."""
         return not self._embeddings.isdisjoint(self._slots[slot])
-
-    def acts_on_logits(self, slot: int) -> bool:
-        """Whether an adapter has a delta at lm_head."""
-        return not self._heads.isdisjoint(self._slots[slot])
 
     def layouts(
         self, segments: Sequence[SlotSegment], at: Iterable[str] | None = None

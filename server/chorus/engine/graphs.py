@@ -218,14 +218,13 @@ def carry(drawn: Tensor, places: Tensor) -> Tensor:
 
 def shape_of(layout: Layout, pool: AdapterPool) -> Shape | Literal[Launch.PROMPT, Launch.ADAPTER]:
     """The smallest shape that holds the batch; PROMPT where prompts take too much of it, or are scored; ADAPTER where
-    one embeds, or acts on logits that are not of all rows."""
+    one embeds."""
     rows, logits = len(layout.token_ids), len(layout.logit_rows)
     if not logits or layout.scored or (rows > len(layout.rows) and not _are_few(layout.rows)):
         return Launch.PROMPT
     size = _round_rows(rows)
-    wanted = 0 if logits == rows else min(_round_up(logits, least=1), size)
-    slots = [segment.slot for segment in layout.segments]
-    if any(pool.embeds(slot) or (wanted and pool.acts_on_logits(slot)) for slot in slots):
+    wanted = 0 if layout.wants_all else min(_round_up(logits, least=1), size)
+    if any(pool.embeds(segment.slot) for segment in layout.segments):
         return Launch.ADAPTER
     ranges = sum(decode_ranges(row.context) for row in _each_token(layout.rows)) + size - rows
     low_rank = _low_rank(layout.segments, size, pool)
