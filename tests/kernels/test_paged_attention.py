@@ -1,5 +1,6 @@
 """paged_attention: against torch's own attention on dense float64 keys and values, sequence by sequence."""
 
+import sys
 from typing import Any
 from unittest.mock import patch
 
@@ -13,10 +14,14 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from chorus.kernels import AttentionPlan, AttentionRow, paged_attention, reference, relative_bias, store_kv
 from chorus.kernels.attention_plan import FEW_KEYS
+from chorus.kernels.native.decode_attention import few_keys
+from chorus.kernels.native.vectors import cpu_has_them
 from support.attention import batch, check
 
 CPU = torch.device("cpu")
+FEW_KEYS_OF = "chorus.kernels.native.decode_attention.few_keys"
 BLOCK = 4
+BF16 = torch.bfloat16
 
 
 def dense(
@@ -89,7 +94,7 @@ def test_packed_paged_attention_equals_dense_attention_per_sequence(
     if specification:
         got = reference.paged_attention(query, k_cache, v_cache, rows, scale=0.3, window=window, soft_cap=cap)
     else:
-        with patch("chorus.kernels.attention_plan.FEW_KEYS", FEW_KEYS if short else 0):
+        with patch(FEW_KEYS_OF, return_value=FEW_KEYS if short else 0):
             got = paged_attention(query, k_cache, v_cache, plan, scale=0.3, window=window, soft_cap=cap)
     for row, k, v in zip(rows, keys, values, strict=True):
         expected = dense(query[row.start : row.end], k, v, 0.3, window, cap)
@@ -114,6 +119,43 @@ def test_decodes_in_bfloat16_stay_within_the_bound(block: int, scattered: bool) 
     assert (got - exact).square().mean().sqrt() <= 4e-3 * exact.square().mean().sqrt()
     assert (got - exact).abs().max() <= 2e-2 * exact.abs().max()
     assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (3, 1), (4, 1), (14, 2), (12, 4)])
+@pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
+def test_all_tokens_of_chunks_in_bfloat16_stay_within_the_bound(heads: tuple[int, int], dim: int) -> None:
+    """However many queries share a key, and a tile of sums holds; chunks and decodes, in pages that are not full."""
+    query, k_cache, v_cache, rows = batch([(70, 0), (1, 0), (5, 27), (1, 47), (1, 48), (16, 16)], heads, dim, BF16, 1)
+    for window, bias in [(None, None), (21, None), (None, torch.randn(heads[0], 2 * 9 + 1))]:
+        options: dict[str, Any] = {"scale": dim**-0.5, "window": window, "bias": bias}
+        with patch(FEW_KEYS_OF, return_value=FEW_KEYS):
+            got = paged_attention(query, k_cache, v_cache, AttentionPlan(rows, 16, CPU), **options)
+        exact = reference.paged_attention(query.double(), k_cache.double(), v_cache.double(), rows, **options)
+        check(got, exact, BF16)
+
+
+def test_what_lies_in_a_page_past_the_context_is_not_seen() -> None:
+    """Of a page that somebody else has left full of the largest numbers there are; a second row has NaN for a query."""
+    query, k_cache, v_cache, rows = batch([(1, 20), (1, 3), (1, 9)], (4, 2), 64, BF16, 5)
+    plan = AttentionPlan(rows, 16, CPU)
+    clean = paged_attention(query, k_cache, v_cache, plan, scale=0.1)
+    for row in rows:
+        page, first = row.blocks[row.context // 16], row.context % 16
+        k_cache[page, :, first:] = v_cache[page, :, first:] = reference.KV_LIMIT
+    query[1] = float("nan")
+    got = paged_attention(query, k_cache, v_cache, plan, scale=0.1)
+    assert torch.equal(got[[0, 2]], clean[[0, 2]])
+    assert got[1].isnan().all()
+
+
+def test_chunks_are_computed_as_decodes_where_that_is_faster() -> None:
+    """Always where the CPU multiplies bfloat16 and query heads share a key head; what the rest does has its bounds."""
+    cache, query = torch.empty(1, 2, 16, 64), torch.empty(1, 8, 64)
+    in_tiles = few_keys(query.bfloat16(), cache.bfloat16(), capped=False)
+    assert in_tiles == (sys.maxsize if cpu_has_them() else FEW_KEYS)
+    assert FEW_KEYS <= few_keys(query[:, :2].bfloat16(), cache.bfloat16(), capped=False) <= in_tiles
+    assert few_keys(query, cache, capped=False) == FEW_KEYS
+    assert few_keys(query.bfloat16(), cache.bfloat16(), capped=True) == FEW_KEYS
 
 
 def test_rows_that_share_pages_read_the_same() -> None:
@@ -229,7 +271,7 @@ def test_a_chunk_is_the_same_in_pieces(dtype: torch.dtype, cap: float | None, bi
     options: dict[str, Any] = {"scale": 0.3, "window": 30, "soft_cap": cap}
     options["bias"] = torch.randn(4, 2 * 7 + 1) if biased else None
     pieces = patch("chorus.kernels.dense_attention.PIECE", 4 * 57 * 5)
-    with pieces, patch("chorus.kernels.attention_plan.FEW_KEYS", few_keys):
+    with pieces, patch(FEW_KEYS_OF, return_value=few_keys):
         got = paged_attention(query, k_cache, v_cache, AttentionPlan(rows, 16, CPU), **options)
     exact = reference.paged_attention(query.double(), k_cache.double(), v_cache.double(), rows, **options)
     check(got, exact, torch.bfloat16 if dtype is torch.bfloat16 else torch.float32)

@@ -5,7 +5,6 @@ graph that was recorded with them replays any of these.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,34 +16,34 @@ from chorus.kernels.row_arrays import RowArrays
 from chorus.kernels.types import AttentionRow
 from chorus.kernels.upload import to_device, write
 
-# Tokens of a chunk times its context, up to which it is computed as so many decodes. 2 cores, 16 heads of 64 over 4,
-# bfloat16, ms as decodes and with SDPA: 64 tokens of 64 0.21, 0.39; 128 of 128 0.55, 0.71; 8 of 1024 0.60, 2.8; but 64
-# of 512 2.3, 1.3.
 FEW_KEYS = 1 << 14
+"""Tokens of a chunk times its context, up to which any CPU computes it best as so many decodes: ms so and with SDPA, 2
+cores, 16 heads of 64 over 4, bfloat16 without its instructions: 64 tokens of 64 0.21, 0.39; 128 of 128 0.55, 0.71; 8 of
+1024 0.60, 2.8; but 64 of 512 2.3, 1.3."""
 
 
 class CpuRows:
-    """For a CPU: decodes together, short chunks among them token by token, and long chunks one by one.
+    """For a CPU: decodes together, chunks of few keys among them token by token, and long chunks one by one.
 
     With a capacity there are decodes alone.
     """
 
     def __init__(
-        self, rows: Sequence[AttentionRow], arrays: RowArrays, causal: bool, capacity: Capacity | None = None
+        self, rows: Sequence[AttentionRow], arrays: RowArrays, causal: bool, few_keys: int, capacity: Capacity | None
     ) -> None:
         from chorus.kernels.native.decode_attention import DecodeRows  # numba is not everywhere
 
-        decodes = [row for row in rows if capacity is not None or is_short(row)]
-        self.prefills = [row for row in rows if capacity is None and not is_short(row)]
+        decodes = [row for row in rows if capacity is not None or is_short(row, few_keys)]
+        self.prefills = [row for row in rows if capacity is None and not is_short(row, few_keys)]
         block_size, pages = arrays.block_size, None if capacity is None else capacity.pages
         own = RowArrays(decodes, block_size) if self.prefills else arrays
         self.decode_rows = DecodeRows(own, causal=causal, pages=pages) if decodes else None
         self.prefill_blocks = [torch.tensor(row.used(block_size)) for row in self.prefills]
 
 
-def is_short(row: AttentionRow) -> bool:
+def is_short(row: AttentionRow, few_keys: int = FEW_KEYS) -> bool:
     """Whether a chunk is better computed token by token, each as a decode."""
-    return row.end - row.start == 1 or (row.end - row.start) * row.context <= FEW_KEYS
+    return row.end - row.start == 1 or (row.end - row.start) * row.context <= few_keys
 
 
 class AttentionPlan:
@@ -73,6 +72,7 @@ class AttentionPlan:
         self.runs_triton = runs_triton(device, triton)
         self._capacity = capacity
         self._tables: dict[tuple[int, int | None], AttentionTables] = {}
+        self._on_cpu: dict[int, CpuRows] = {}
         self.rows = tuple(rows)
         self.block_size = block_size
         self.causal = causal
@@ -96,10 +96,9 @@ class AttentionPlan:
         if not rows or rows[-1].end != self.tokens:
             raise ValueError(f"rows: they end at {rows[-1].end if rows else 0}, the plan's at {self.tokens}")
         made = {(group, window): self._made(rows, group, window) for group, window in self._tables}
-        if self.runs_triton:
-            self.__dict__.pop("on_cpu", None)
-        elif self.on_cpu.decode_rows is not None:
-            self.on_cpu.decode_rows.rewrite(arrays)
+        for on_cpu in self._on_cpu.values():
+            if on_cpu.decode_rows is not None:
+                on_cpu.decode_rows.rewrite(arrays)
         self.rows, self._arrays = tuple(rows), arrays
         self.highest_block = arrays.highest_block
         slots, self.ends = _slots(arrays, self.causal)
@@ -118,10 +117,12 @@ class AttentionPlan:
     def _made(self, rows: Sequence[AttentionRow], group: int, window: int | None) -> AttentionTables:
         return attention_tables(rows, self.block_size, group, window, self._capacity, causal=self.causal)
 
-    @cached_property
-    def on_cpu(self) -> CpuRows:
-        """For what runs on a CPU without Triton."""
-        return CpuRows(self.rows, self._arrays, self.causal, self._capacity)
+    def on_cpu(self, few_keys: int) -> CpuRows:
+        """For what runs on a CPU without Triton; chunks of at most so many keys are computed as decodes."""
+        key = 0 if self._capacity else few_keys
+        if key not in self._on_cpu:
+            self._on_cpu[key] = CpuRows(self.rows, self._arrays, self.causal, few_keys, self._capacity)
+        return self._on_cpu[key]
 
 
 def _slots(arrays: RowArrays, causal: bool) -> tuple[Tensor, tuple[int, int]]:

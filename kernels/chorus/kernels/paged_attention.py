@@ -82,9 +82,9 @@ def paged_attention(
             bias=bias,
             causal=plan.causal,
         )
-    from chorus.kernels.native.decode_attention import decode_attention
+    from chorus.kernels.native.decode_attention import decode_attention, few_keys
 
-    batch = plan.on_cpu
+    batch = plan.on_cpu(few_keys(query, k_cache, capped=soft_cap is not None))
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     if batch.decode_rows is not None:
         decode_attention(

@@ -1,5 +1,6 @@
 """Vectors of a CPU with AVX512_BF16, in what LLVM is told: 16 sums of float32, 32 numbers of bfloat16."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import binding, ir
@@ -43,6 +44,14 @@ def store(builder: Any, value: Any, at: Any, align: int) -> None:
     builder.store(value, builder.inttoptr(at, value.type.as_pointer()), align=align)
 
 
+def load_half(builder: Any, at: Any) -> Any:
+    """16 numbers of bfloat16, and 16 zeros."""
+    numbers = load(builder, at, _SHORTS, 2)
+    zeros = ir.Constant(_SHORTS, [0] * 16)
+    lanes = ir.Constant(ir.VectorType(_INT32, 32), list(range(32)))
+    return builder.bitcast(builder.shuffle_vector(numbers, zeros, lanes), PAIRS)
+
+
 def pair_in_every_lane(builder: Any, at: Any) -> Any:
     """The two numbers of bfloat16 at an address, 16 times."""
     return builder.bitcast(_splat(builder, load(builder, at, _INT32, 2), _WORDS), PAIRS)
@@ -67,6 +76,35 @@ def sum_of_lanes(builder: Any, sums: Any) -> Any:
     kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), SUMS])
     add = _function(builder, kind, "llvm.vector.reduce.fadd.v16f32")
     return builder.call(add, [ir.Constant(ir.FloatType(), 0.0), sums], fastmath=("reassoc",))
+
+
+def sums_of_lanes(builder: Any, sums: Sequence[Any]) -> Any:
+    """Of 16 vectors a vector: of each the sum of its lanes.
+
+    Vectors are added in pairs, halves of one beside halves of the other: 16 of 16 lanes, 8 of 8 lanes each of two, ..
+    """
+    width = 8
+    while width:
+        first, second = _halves(width)
+        apart = len(sums) // 2
+        sums = [
+            builder.fadd(builder.shuffle_vector(x, y, first), builder.shuffle_vector(x, y, second), flags=("reassoc",))
+            for x, y in zip(sums[:apart], sums[apart:], strict=True)
+        ]
+        width //= 2
+    return sums[0]
+
+
+def _halves(width: int) -> tuple[ir.Constant, ir.Constant]:
+    """Of two vectors' lanes, in parts of twice the width, a part of one after a part of the other: the first halves of
+    all, and the second halves."""
+    firsts = [part + lane for at in range(0, 16, 2 * width) for part in (at, 16 + at) for lane in range(width)]
+    return ir.Constant(_WORDS, firsts), ir.Constant(_WORDS, [lane + width for lane in firsts])
+
+
+def scaled(builder: Any, sums: Any, factor: Any) -> Any:
+    """All lanes times a float32."""
+    return builder.fmul(sums, _splat(builder, factor, SUMS))
 
 
 def load_widened(builder: Any, at: Any) -> Any:
