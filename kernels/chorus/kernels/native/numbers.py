@@ -92,12 +92,13 @@ def take_ticket(typing: Any, counter: Any) -> Any:
     return types.int64(counter), build
 
 
-def ask_for(builder: Any, address: Any) -> None:
-    """What `prefetch` is compiled to."""
+def ask_for(builder: Any, address: Any, *, to_write: bool = False) -> None:
+    """What `prefetch` is compiled to, and `prefetch_to_write`."""
     byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
     function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-    builder.call(function, [builder.inttoptr(address, byte), word(0), word(2), word(1)])
+    nearness = 3 if to_write else 2
+    builder.call(function, [builder.inttoptr(address, byte), word(int(to_write)), word(nearness), word(1)])
 
 
 @intrinsic
@@ -106,6 +107,17 @@ def prefetch(typing: Any, address: Any) -> Any:
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         ask_for(builder, arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
+
+
+@intrinsic
+def prefetch_to_write(typing: Any, address: Any) -> Any:
+    """Asks for the 64 bytes at an int64 address as this thread's own, into the first level of the cache."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        ask_for(builder, arguments[0], to_write=True)
         return context.get_dummy_value()
 
     return types.void(types.int64), build
