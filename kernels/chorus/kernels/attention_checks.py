@@ -5,30 +5,29 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from chorus.kernels.row_arrays import RowArrays
+from chorus.kernels.row_lists import RowLists
 from chorus.kernels.types import AttentionRow
 
 
-def check_rows(rows: Sequence[AttentionRow], arrays: RowArrays, causal: bool) -> None:
-    """That rows, given as arrays too, are sound.
+def sound_lists(rows: Sequence[AttentionRow], block_size: int, causal: bool) -> RowLists:
+    """The rows as lists: rows in order without gaps, contexts that hold their tokens, tables that hold their contexts.
 
     Raises:
         ValueError: naming what of the rows is wrong.
     """
-    if arrays.are_sound(causal=causal):
-        return
-    block_size, at = arrays.block_size, 0
+    at = 0
     for row in rows:
         if row.start != at or row.end <= row.start:
             raise ValueError(f"rows: one is [{row.start}, {row.end}), the ones before end at {at}")
         at = row.end
         if row.context < (row.end - row.start if causal else 1):
             raise ValueError(f"rows: a context of {row.context} does not hold {row.end - row.start} new tokens")
-        used = row.used(block_size)
-        if len(used) * block_size < row.context:
-            raise ValueError(f"rows: {len(used)} blocks of {block_size} do not hold a context of {row.context}")
-        if min(used) < 0:
-            raise ValueError(f"rows: block {min(used)} is none of a cache")
+        if len(row.blocks) * block_size < row.context:
+            raise ValueError(f"rows: {len(row.blocks)} blocks of {block_size} do not hold a context of {row.context}")
+    lists = RowLists(rows, block_size, causal)
+    if (lowest := min(lists.pages, default=0)) < 0:
+        raise ValueError(f"rows: block {lowest} is none of a cache")
+    return lists
 
 
 def check_attention(

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from chorus.kernels.attention_checks import check_rows
+from chorus.kernels.attention_checks import sound_lists
 from chorus.kernels.attention_tables import AttentionTables, Capacity, attention_tables
 from chorus.kernels.dispatch import runs_triton
-from chorus.kernels.row_arrays import RowArrays
+from chorus.kernels.row_lists import RowLists
 from chorus.kernels.types import AttentionRow
 from chorus.kernels.upload import to_device, write
 
@@ -28,17 +28,14 @@ class CpuRows:
     With a capacity there are decodes alone.
     """
 
-    def __init__(
-        self, rows: Sequence[AttentionRow], arrays: RowArrays, causal: bool, few_keys: int, capacity: Capacity | None
-    ) -> None:
+    def __init__(self, rows: Sequence[AttentionRow], lists: RowLists, few_keys: int, capacity: Capacity | None) -> None:
         from chorus.kernels.native.decode_attention import DecodeRows  # numba is not everywhere
 
         decodes = [row for row in rows if capacity is not None or is_short(row, few_keys)]
         self.prefills = [row for row in rows if capacity is None and not is_short(row, few_keys)]
-        block_size, pages = arrays.block_size, None if capacity is None else capacity.pages
-        own = RowArrays(decodes, block_size) if self.prefills else arrays
-        self.decode_rows = DecodeRows(own, causal=causal, pages=pages) if decodes else None
-        self.prefill_blocks = [torch.tensor(row.used(block_size)) for row in self.prefills]
+        own = RowLists(decodes, lists.block_size, lists.causal) if self.prefills else lists
+        self.decode_rows = DecodeRows(own, pages=None if capacity is None else capacity.pages) if decodes else None
+        self.prefill_blocks = [torch.tensor(row.used(lists.block_size)) for row in self.prefills]
 
 
 def is_short(row: AttentionRow, few_keys: int = FEW_KEYS) -> bool:
@@ -67,10 +64,10 @@ class AttentionPlan:
         causal: bool = True,
         triton: bool | None = None,
     ) -> None:
-        arrays = RowArrays(rows, block_size)
-        check_rows(rows, arrays, causal)
+        lists = sound_lists(rows, block_size, causal)
         self.runs_triton = runs_triton(device, triton)
         self._capacity = capacity
+        self._is_rewritable = capacity is not None and (self.runs_triton or device.type == "cpu")
         self._tables: dict[tuple[int, int | None], AttentionTables] = {}
         self._on_cpu: dict[int, CpuRows] = {}
         self.rows = tuple(rows)
@@ -78,9 +75,9 @@ class AttentionPlan:
         self.causal = causal
         self.device = device
         self.tokens = self.rows[-1].end if self.rows else 0
-        self._arrays = arrays
-        self.highest_block = arrays.highest_block
-        slots, self.ends = _slots(arrays, causal)
+        self._lists = lists
+        self.highest_block = lists.highest_block
+        slots, self.ends = _slots(lists)
         self.slots = to_device(slots, device)  # [T]
 
     def rewrite(self, rows: Sequence[AttentionRow]) -> None:
@@ -89,19 +86,18 @@ class AttentionPlan:
         Raises:
             ValueError: not as many tokens, more than the capacity, or a plan without one; nothing is written then.
         """
-        if self._capacity is None or not (self.runs_triton or self.device.type == "cpu"):
+        if not self._is_rewritable:
             raise ValueError("capacity: a plan without one is not written anew")
-        arrays = RowArrays(rows, self.block_size)
-        check_rows(rows, arrays, self.causal)
+        lists = sound_lists(rows, self.block_size, self.causal)
         if not rows or rows[-1].end != self.tokens:
             raise ValueError(f"rows: they end at {rows[-1].end if rows else 0}, the plan's at {self.tokens}")
         made = {(group, window): self._made(rows, group, window) for group, window in self._tables}
         for on_cpu in self._on_cpu.values():
             if on_cpu.decode_rows is not None:
-                on_cpu.decode_rows.rewrite(arrays)
-        self.rows, self._arrays = tuple(rows), arrays
-        self.highest_block = arrays.highest_block
-        slots, self.ends = _slots(arrays, self.causal)
+                on_cpu.decode_rows.rewrite(lists)
+        self.rows, self._lists = tuple(rows), lists
+        self.highest_block = lists.highest_block
+        slots, self.ends = _slots(lists)
         write(self.slots, slots)
         for key, (tables, _) in made.items():
             write(self._tables[key].tables, tables)
@@ -121,11 +117,11 @@ class AttentionPlan:
         """For what runs on a CPU without Triton; chunks of at most so many keys are computed as decodes."""
         key = 0 if self._capacity else few_keys
         if key not in self._on_cpu:
-            self._on_cpu[key] = CpuRows(self.rows, self._arrays, self.causal, few_keys, self._capacity)
+            self._on_cpu[key] = CpuRows(self.rows, self._lists, few_keys, self._capacity)
         return self._on_cpu[key]
 
 
-def _slots(arrays: RowArrays, causal: bool) -> tuple[Tensor, tuple[int, int]]:
+def _slots(lists: RowLists) -> tuple[Tensor, tuple[int, int]]:
     """Cache position of every new token, in batch order, and the lowest and the highest; 0 and -1 of none."""
-    slots = arrays.slots() if causal else arrays.position[:0]
-    return torch.from_numpy(slots), (int(slots.min()), int(slots.max())) if len(slots) else (0, -1)
+    slots = lists.slots
+    return torch.tensor(slots, dtype=torch.int64), (min(slots, default=0), max(slots, default=-1))

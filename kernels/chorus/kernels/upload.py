@@ -1,4 +1,7 @@
-"""From the host to the device without waiting: pageable memory would make the copy wait for the device."""
+"""From the host to the device without waiting: pageable memory would make the copy wait for the device.
+
+The allocator keeps a pinned block until its copies are done.
+"""
 
 import torch
 from torch import Tensor
@@ -6,14 +9,9 @@ from torch import Tensor
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
     """A copy on `device`; the host's own tensor on a CPU."""
-    return _pinned(host, device).to(device, non_blocking=True)
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def write(buffer: Tensor, host: Tensor) -> None:
     """Writes over a device's buffer, on the current stream."""
-    buffer.copy_(_pinned(host, buffer.device), non_blocking=True)
-
-
-def _pinned(host: Tensor, device: torch.device) -> Tensor:
-    """The allocator keeps a pinned block until its copies are done."""
-    return host.pin_memory() if device.type == "cuda" else host
+    buffer.copy_(host.pin_memory() if buffer.is_cuda else host, non_blocking=True)

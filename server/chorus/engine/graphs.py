@@ -20,6 +20,7 @@ import logging
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from itertools import repeat
 from typing import Literal, NamedTuple
 
 import torch
@@ -122,10 +123,9 @@ class StaticStep:
         Raises:
             ValueError: more than the shape holds, or a page that is none: what is recorded writes where it is told.
         """
-        inputs = torch.zeros(4, self._rows, dtype=torch.int64, pin_memory=self._inputs.is_cuda)
-        each_row = [layout.carried or layout.token_ids, layout.positions, is_long]
-        inputs[:3, : len(layout.token_ids)] = torch.tensor(each_row)
-        inputs[3, : len(layout.logit_rows)] = torch.tensor(layout.logit_rows)
+        lists = layout.carried or layout.token_ids, layout.positions, is_long, layout.logit_rows
+        filled = [[*numbers, *repeat(0, self._rows - len(numbers))] for numbers in lists]
+        inputs = torch.tensor(filled, dtype=torch.int64, pin_memory=self._inputs.is_cuda)
         self._inputs.copy_(inputs, non_blocking=True)
         if drawn is not None:
             self.token_ids.copy_(carry(drawn, self.token_ids))
