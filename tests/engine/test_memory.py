@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import cast
 
 import pytest
+import torch
 
 from chorus.config import ServerConfig
 from chorus.engine import memory
@@ -12,6 +13,7 @@ from chorus.engine.cgroup import memory_limit
 from chorus.engine.memory import plan_memory
 from chorus.errors import FailedPrecondition
 from chorus.models.base import Base
+from chorus.models.sites import Site
 
 GIB = 2**30
 
@@ -62,3 +64,30 @@ def test_a_server_that_is_granted_more_than_its_container_has_does_not_start(mon
     base = cast(Base, SimpleNamespace(device=SimpleNamespace(type="cpu")))
     with pytest.raises(FailedPrecondition, match="more than the 256 MiB of this container; grant less"):
         plan_memory(base, ServerConfig(kv_cache_mb=200, adapter_memory_mb=57))
+
+
+def test_a_device_has_to_hold_the_budgets_and_a_step_beside_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama-3-8B's sites: a step of 8,192 tokens has 704 MiB of MLP, 256 rows of its vocabulary 313 of logits."""
+    sites = [
+        Site("model.embed_tokens", 128256, 4096, is_embedding=True),
+        Site("model.layers.0.mlp.gate_proj", 4096, 14336),
+        Site("model.layers.0.mlp.down_proj", 14336, 4096),
+        Site("lm_head", 4096, 128256, is_lm_head=True),
+    ]
+    llama = SimpleNamespace(
+        device=torch.device("cuda"),
+        dtype=torch.bfloat16,
+        sites={site.name: site for site in sites},
+        facts=SimpleNamespace(vocab_size=128256, context_length=8192),
+        layers=32,
+        kv_heads=8,
+        head_dim=128,
+    )
+    base = cast(Base, llama)
+    config = ServerConfig(kv_cache_mb=8000, adapter_memory_mb=1000, max_step_tokens=8192, max_rows=256)
+    needed = (8000 + 1000) * 2**20 + 8192 * (3 * 14336 + 2 * 4096) * 2 + 256 * 128256 * (2 + 4 + 4)
+    monkeypatch.setattr(memory, "_free_device_bytes", lambda: needed)
+    assert plan_memory(base, config).kv_blocks == 8000 * 2**20 // (2 * 32 * 8 * 128 * 16 * 2)
+    monkeypatch.setattr(memory, "_free_device_bytes", lambda: needed - 2**20)
+    with pytest.raises(FailedPrecondition, match=r"1,\d{3} MiB for a step .* MiB that the weights leave"):
+        plan_memory(base, config)

@@ -34,11 +34,11 @@ def plan_memory(base: "Base", config: ServerConfig) -> MemoryPlan:
 
     Raises:
         FailedPrecondition: the KV budget does not hold a single block for two sequences, or both budgets together are
-            more than the machine, the container or the device has.
+            more than the machine or the container has, or with a step's memory more than the weights leave of a device.
     """
     from chorus.adapters.pool import rows_for_budget
 
-    _refuse_more_than_there_is(config, base.device.type)
+    _refuse_more_than_there_is(base, config)
     block_bytes = 2 * base.layers * base.kv_heads * base.head_dim * BLOCK_SIZE * base.dtype.itemsize
     blocks = config.kv_cache_mb * 2**20 // block_bytes
     if blocks < 2:
@@ -55,23 +55,42 @@ def plan_memory(base: "Base", config: ServerConfig) -> MemoryPlan:
     )
 
 
-def _refuse_more_than_there_is(config: ServerConfig, device: str) -> None:
-    total, where = _total_bytes(device)
+def step_bytes(base: "Base", config: ServerConfig) -> int:
+    """What the largest step has in memory at a time, beside all that lasts, in about.
+
+    In a layer's MLP for each token two states, the gate, up and their product; then for each row its logits, also in
+    float32, and weights to draw by. Recorded steps share memory of the same size at most.
+    """
+    inner = max(site.in_features for site in base.sites.values() if not site.is_embedding)
+    state = max(site.out_features for site in base.sites.values() if site.is_embedding)
+    mlp = config.max_step_tokens * (3 * inner + 2 * state) * base.dtype.itemsize
+    return mlp + config.max_rows * base.facts.vocab_size * (base.dtype.itemsize + 8)
+
+
+def _refuse_more_than_there_is(base: "Base", config: ServerConfig) -> None:
     granted = config.kv_cache_mb + config.adapter_memory_mb
+    asked = f"--kv-cache-mb {config.kv_cache_mb} and --adapter-memory-mb {config.adapter_memory_mb}"
+    if base.device.type == "cpu":
+        total, where = _host_bytes()
+        there = f"{total // 2**20:,} MiB of this {where}"
+    else:
+        step = step_bytes(base, config)
+        total = _free_device_bytes() - step
+        asked += f", with some {step // 2**20:,} MiB for a step of --max-step-tokens and --max-rows,"
+        there = f"{(total + step) // 2**20:,} MiB that the weights leave of this device"
     if granted > total // 2**20:
-        raise FailedPrecondition(
-            f"--kv-cache-mb {config.kv_cache_mb} and --adapter-memory-mb {config.adapter_memory_mb} are more than the "
-            f"{total // 2**20:,} MiB of this {where}; grant less",
-            reason="NOT_ENOUGH_MEMORY",
-        )
+        raise FailedPrecondition(f"{asked} are more than the {there}; grant less", reason="NOT_ENOUGH_MEMORY")
 
 
-def _total_bytes(device: str) -> tuple[int, str]:
+def _host_bytes() -> tuple[int, str]:
     """How much there is, and of what."""
-    if device == "cpu":
-        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        limit = memory_limit()
-        return (machine, "machine") if limit is None or limit >= machine else (limit, "container")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = memory_limit()
+    return (machine, "machine") if limit is None or limit >= machine else (limit, "container")
+
+
+def _free_device_bytes() -> int:
+    """What the device has free, and what torch holds of it without using it."""
     import torch
 
-    return torch.cuda.mem_get_info()[1], "device"
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
