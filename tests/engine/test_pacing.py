@@ -2,7 +2,7 @@
 
 import pytest
 
-from chorus.engine.messages import Event, FinishReason, Loaded, StepEvents, StepStats, Tokens
+from chorus.engine.messages import Early, Event, Failed, FinishReason, Loaded, StepEvents, StepStats, Tokens
 from chorus.engine.pacing import LONGEST_S, Pacer, pace
 
 STREAMS = 64
@@ -12,7 +12,7 @@ class Line:
     """A pacer behind an engine with many running requests, and its clock."""
 
     def __init__(self) -> None:
-        self.posted: list[list[StepEvents]] = []
+        self.posted: list[list[StepEvents | Early]] = []
         self.pacer = Pacer(lambda steps: self.posted.append(list(steps)))
         self.now = 1000.0
 
@@ -24,8 +24,11 @@ class Line:
     @property
     def told(self) -> list[int]:
         """The tokens of request 0 that were posted last, in order."""
+        return self.told_of(0)
+
+    def told_of(self, request_id: int) -> list[int]:
         events = [event for step in self.posted[-1] for event in step.events]
-        return [token for e in events if isinstance(e, Tokens) and e.request_id == 0 for token in e.token_ids]
+        return [token for e in events if isinstance(e, Tokens) and e.request_id == request_id for token in e.token_ids]
 
 
 def everybody(token: int, *, first: bool = False) -> list[Event]:
@@ -56,20 +59,37 @@ def test_a_slow_engine_posts_every_step(line: Line) -> None:
 
 
 @pytest.mark.parametrize(
-    "event",
+    ("event", "told"),
     [
-        Tokens(3, (7,), FinishReason.LENGTH),
-        Tokens(99, (7,), first=True),
-        Tokens(3, (7,), index=1, first=True),
-        Loaded("d" * 64),
+        (Tokens(3, (7,), FinishReason.LENGTH), [6, 7]),
+        (Tokens(3, (7,), index=1, first=True), [6, 7]),
+        (Tokens(99, (7,), first=True), []),
+        (Failed(3, "INTERNAL", "BUG", "it broke"), [6]),
+        (Loaded("d" * 64), []),
     ],
-    ids=["an end", "a first token", "another output's first token", "no token"],
+    ids=["an end", "another output's first token", "a first token", "an error", "of no request"],
 )
-def test_what_cannot_wait_takes_all_along(line: Line, event: Event) -> None:
+def test_what_cannot_wait_takes_along_what_its_request_has_waiting(line: Line, event: Event, told: list[int]) -> None:
     line.step(*everybody(6))
-    line.step(event)
-    assert line.told == [6]
-    assert line.posted[-1][-1].events == (event,)
+    line.step(event, Tokens(0, (7,)))
+    assert line.told_of(3) == told
+    assert [e for step in line.posted[-1] for e in step.events][-1] == event
+    assert line.told == []
+    line.step(*everybody(8), after=pace(STREAMS))
+    assert line.told == [6, 7, 8]
+    assert line.told_of(3) == ([8] if told else [6, 8])
+    assert not any(isinstance(e, type(event)) and e == event for step in line.posted[-1] for e in step.events)
+
+
+def test_each_turn_is_told_once_whatever_goes_before_it(line: Line) -> None:
+    """With its time; its numbers come with what could wait, also where nothing is left of it."""
+    line.step(*everybody(6))
+    first = line.now
+    line.step(Tokens(3, (7,), FinishReason.LENGTH))
+    assert [(type(step), step.at) for step in line.posted[-1]] == [(Early, first), (Early, line.now)]
+    line.step(after=pace(STREAMS))
+    assert [type(step) for step in line.posted[-1]] == [StepEvents] * 3
+    assert line.posted[-1][0].at == first
 
 
 @pytest.mark.parametrize("ending", [{"ran": False}, {"running": 0}])

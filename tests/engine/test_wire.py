@@ -51,7 +51,7 @@ FACTS = BaseFacts("tiny", "0" * 64, "llama", 64, 300, "float32", 12, (SITE,), fr
 FROM_ENGINE = [
     Ready(FACTS, MemoryPlan(4, 16, 1024, 8, 64)),
     Refused("NOT_FOUND", "X", "text"),
-    Steps([STEP, m.StepEvents()]),
+    Steps([STEP, m.StepEvents(), m.Early(STEP.events, 2.5)]),
     Died("RuntimeError"),
 ]
 

@@ -20,6 +20,7 @@ from chorus.engine.messages import (
     Checked,
     CheckFailed,
     Command,
+    Early,
     Event,
     FinishReason,
     Load,
@@ -144,7 +145,7 @@ class FakeEngine:
     """Speaks the engine's protocol from threads of its own, one a request. `reply` says what a Submit gets."""
 
     def __init__(
-        self, on_events: Callable[[Sequence[StepEvents]], None], on_death: Callable[[BaseException], None]
+        self, on_events: Callable[[Sequence[StepEvents | Early]], None], on_death: Callable[[BaseException], None]
     ) -> None:
         self.commands: list[Command] = []
         self.aborted: set[int] = set()

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from chorus.config import ServerConfig
-from chorus.engine.messages import Sampling, StepEvents, Submit, Tokens
+from chorus.engine.messages import Early, Sampling, StepEvents, Submit, Tokens
 from chorus.errors import NotFound
 from chorus.services.engine_process import EngineProcess
 from services.harness import until
@@ -20,13 +20,13 @@ class Attached:
 
     def __init__(self, config: ServerConfig) -> None:
         self.engine = EngineProcess(config)
-        self.steps: list[StepEvents] = []
+        self.steps: list[StepEvents | Early] = []
         self.deaths: list[BaseException] = []
         self.engine.load()
         self.engine.attach(self._hear, self.deaths.append).start()
         self.process = psutil.Process(self.engine.pid)
 
-    def _hear(self, steps: Sequence[StepEvents]) -> None:
+    def _hear(self, steps: Sequence[StepEvents | Early]) -> None:
         self.steps += steps
 
     @property

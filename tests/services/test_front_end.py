@@ -10,6 +10,7 @@ from chorus.engine.messages import (
     Abort,
     AdapterRef,
     Command,
+    Early,
     Event,
     Failed,
     FinishReason,
@@ -92,6 +93,19 @@ async def test_reader_that_waits_gets_the_first_token_at_once(front_end: EngineF
     tell(front_end, Tokens(1, (5,)))
     assert only(await asyncio.wait_for(reading, 1)).token_ids == (5,)
     stream.close()
+
+
+async def test_what_is_told_before_the_rest_of_its_turn_is_heard_at_once_and_counts_no_turn(port: Port) -> None:
+    metrics = Metrics()
+    front_end = EngineFrontEnd(port, asyncio.get_running_loop(), metrics, stream_queue_tokens=16)
+    ends, goes_on = submit(front_end), submit(front_end)
+    front_end.deliver([Early((Tokens(1, (5,), FinishReason.LENGTH),), 0.0)])
+    assert [only(ready).token_ids async for ready in ends] == [(5,)]
+    assert metrics.registry.get_sample_value("chorus_engine_steps_total") == 0
+    front_end.deliver([StepEvents((Tokens(2, (6,)),), ran=True)])
+    assert only(await anext(goes_on)).token_ids == (6,)
+    assert metrics.registry.get_sample_value("chorus_engine_steps_total") == 1
+    goes_on.close()
 
 
 async def test_slow_reader_loses_its_own_stream_only(front_end: EngineFrontEnd, port: Port) -> None:

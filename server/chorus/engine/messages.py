@@ -274,7 +274,7 @@ class StepStats(msgspec.Struct, frozen=True):
 Event = Started | PromptLogprobs | Tokens | Failed | Loaded | LoadFailed | ResidencyReport | Checked | CheckFailed
 
 
-class StepEvents(msgspec.Struct, frozen=True):
+class StepEvents(msgspec.Struct, frozen=True, tag=True):
     """Everything that one turn of the engine's loop has to say; `ran` is False when no forward pass was made.
 
     `at` is when the turn ended, on `time.monotonic`'s clock, which all processes of a machine share.
@@ -286,11 +286,20 @@ class StepEvents(msgspec.Struct, frozen=True):
     at: float = msgspec.field(default_factory=time.monotonic)
 
     @property
-    def urgent(self) -> bool:
-        """Whether anybody minds hearing it only together with the next turn. Where nothing runs there may be none."""
-        return not self.ran or not self.stats.running or any(map(_is_awaited, self.events))
+    def awaited(self) -> set[int | None]:
+        """Requests that have something here which somebody waits for: anything but tokens in the middle of an answer.
+
+        None stands for whatever is of no request.
+        """
+        return {getattr(event, "request_id", None) for event in self.events if _is_awaited(event)}
+
+
+class Early(msgspec.Struct, frozen=True, tag=True):
+    """Events of a turn that are told before the rest of it, which they are not in; `at` is when the turn ended."""
+
+    events: tuple[Event, ...]
+    at: float
 
 
 def _is_awaited(event: Event) -> bool:
-    """Anything but tokens in the middle of an answer."""
     return not isinstance(event, Tokens) or event.first or event.finish is not None

@@ -3,12 +3,15 @@
 Every message of a stream costs the front end and the caller about the same, however many tokens it holds, and on a
 small machine it is the engine's cores that they take. So tokens in the middle of answers wait until everybody's
 together would cost no more than SHARE of a core: alone, a stream gets every token as it comes; of 32 each gets a
-message every 20 ms or so. First tokens, ends, errors and all else go at once, and take along what has waited.
+message every 20 ms or so. First tokens, ends, errors and all else go at once, and take along what their requests have
+waiting.
 """
 
 from collections.abc import Callable, Sequence
 
-from chorus.engine.messages import StepEvents
+from msgspec.structs import replace
+
+from chorus.engine.messages import Early, StepEvents
 
 # Handler, detokenizer, protobuf, gRPC: measured with one token a message and 32 streams, on one core of an EPYC.
 MESSAGE_S = 150e-6
@@ -25,7 +28,7 @@ def pace(running: int) -> float:
 class Pacer:
     """Holds what can wait, and posts several turns at once. Belongs to the step thread."""
 
-    def __init__(self, post: Callable[[Sequence[StepEvents]], None]) -> None:
+    def __init__(self, post: Callable[[Sequence[StepEvents | Early]], None]) -> None:
         self._post = post
         self._held: list[StepEvents] = []
         self._posted_at = 0.0
@@ -33,8 +36,20 @@ class Pacer:
     def take(self, step: StepEvents) -> None:
         """The engine's `on_events`."""
         self._held.append(step)
-        if not step.urgent and step.at - self._posted_at < pace(step.stats.running):
-            return
-        held, self._held = self._held, []
-        self._posted_at = step.at
-        self._post(held)
+        # Where nothing runs, or nothing ran, there may be no next turn.
+        if not step.ran or not step.stats.running or step.at - self._posted_at >= pace(step.stats.running):
+            held, self._held = self._held, []
+            self._posted_at = step.at
+            self._post(held)
+        elif awaited := step.awaited:
+            early = (self._early(turn, awaited) for turn in range(len(self._held)))
+            self._post([part for part in early if part.events])
+
+    def _early(self, turn: int, awaited: set[int | None]) -> Early:
+        """Takes what is of those requests, and of none, out of a turn."""
+        step = self._held[turn]
+        early = tuple(e for e in step.events if getattr(e, "request_id", None) in awaited)
+        if early:
+            rest = tuple(e for e in step.events if getattr(e, "request_id", None) not in awaited)
+            self._held[turn] = replace(step, events=rest)
+        return Early(early, step.at)

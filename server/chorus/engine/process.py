@@ -81,7 +81,7 @@ def _build(config: ServerConfig, link: socket.socket) -> tuple[Any, Any]:
 
     from chorus.engine.assembly import engine_of
     from chorus.engine.memory import plan_memory
-    from chorus.engine.messages import StepEvents
+    from chorus.engine.messages import Early, StepEvents
     from chorus.engine.pacing import Pacer
     from chorus.engine.thread import EngineThread
     from chorus.engine.wire import Ready, Steps, frame
@@ -100,7 +100,7 @@ def _build(config: ServerConfig, link: socket.socket) -> tuple[Any, Any]:
     )
     memory = plan_memory(base, config)
 
-    def post(steps: Sequence[StepEvents]) -> None:
+    def post(steps: Sequence[StepEvents | Early]) -> None:
         try:
             link.sendall(frame(Steps(steps)))
         except OSError:

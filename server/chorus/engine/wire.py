@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from chorus.engine.memory import MemoryPlan
-from chorus.engine.messages import Command, StepEvents
+from chorus.engine.messages import Command, Early, StepEvents
 from chorus.models.facts import BaseFacts
 
 _LENGTH = struct.Struct("<I")
@@ -41,9 +41,9 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Steps(msgspec.Struct, frozen=True, tag=True):
-    """What the engine did since it last told."""
+    """What the engine did since it last told, or what of that can not wait."""
 
-    steps: Sequence[StepEvents]
+    steps: Sequence[StepEvents | Early]
 
 
 class Died(msgspec.Struct, frozen=True, tag=True):

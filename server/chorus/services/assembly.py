@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from chorus import failpoints
 from chorus.admin.v1 import adapters_pb2, adapters_pb2_grpc
 from chorus.config import ServerConfig
-from chorus.engine.messages import Command, StepEvents
+from chorus.engine.messages import Command, Early, StepEvents
 from chorus.errors import Unavailable
 from chorus.metrics import Metrics
 from chorus.models.facts import BaseFacts
@@ -55,7 +55,7 @@ class EngineHandle(Protocol):
     def stop(self) -> None: ...
 
 
-OnEvents = Callable[[Sequence[StepEvents]], None]
+OnEvents = Callable[[Sequence[StepEvents | Early]], None]
 MakeEngine = Callable[[OnEvents, Callable[[BaseException], None]], EngineHandle]
 """What it is given may be called from any thread."""
 
@@ -203,7 +203,7 @@ class ChorusServer:
         self._closers.push_async_callback(server.stop, _FLUSH_S)
         return server
 
-    def _on_events(self, steps: Sequence[StepEvents]) -> None:
+    def _on_events(self, steps: Sequence[StepEvents | Early]) -> None:
         self._loop.call_soon_threadsafe(self._front_end.deliver, steps)
 
     def _on_removed(self, digest: str) -> None:

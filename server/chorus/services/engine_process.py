@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Self
 
 from chorus.config import ServerConfig
-from chorus.engine.messages import Command, StepEvents
+from chorus.engine.messages import Command, Early, StepEvents
 from chorus.engine.wire import Died, Frames, Ready, Refused, Start, Steps, frame, from_engine
 from chorus.errors import BY_CODE, InternalError
 
@@ -62,7 +62,7 @@ class EngineProcess:
         return self._process.pid
 
     def attach(
-        self, on_events: Callable[[Sequence[StepEvents]], None], on_death: Callable[[BaseException], None]
+        self, on_events: Callable[[Sequence[StepEvents | Early]], None], on_death: Callable[[BaseException], None]
     ) -> Self:
         """Both are called on the running event loop, whose own all methods but `stop` are from here on."""
         self._loop = asyncio.get_running_loop()

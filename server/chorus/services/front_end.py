@@ -22,6 +22,7 @@ from chorus.engine.messages import (
     Checked,
     CheckFailed,
     Command,
+    Early,
     Event,
     Failed,
     Load,
@@ -144,12 +145,13 @@ class EngineFrontEnd:
         finally:
             self._checks.pop(check_id, None)
 
-    def deliver(self, steps: Iterable[StepEvents]) -> None:
+    def deliver(self, steps: Iterable[StepEvents | Early]) -> None:
         """Spreads the events of some of the engine's turns."""
         for step in steps:
             for event in step.events:
                 self._dispatch(event, step.at)
-            self._metrics.step(step)
+            if isinstance(step, StepEvents):
+                self._metrics.step(step)
 
     def fail_streams(self, error: ChorusError) -> None:
         """Ends every stream with `error`."""
