@@ -67,7 +67,7 @@ def test_a_server_that_is_granted_more_than_its_container_has_does_not_start(mon
 
 
 def test_a_device_has_to_hold_the_budgets_and_a_step_beside_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Llama-3-8B's sites: a step of 8,192 tokens has 704 MiB of MLP, 256 rows of its vocabulary 313 of logits."""
+    """Llama-3-8B's sites: a step of 8,192 tokens has 800 MiB of MLP, and 2,254 of its vocabulary's logits."""
     sites = [
         Site("model.embed_tokens", 128256, 4096, is_embedding=True),
         Site("model.layers.0.mlp.gate_proj", 4096, 14336),
@@ -85,9 +85,9 @@ def test_a_device_has_to_hold_the_budgets_and_a_step_beside_the_weights(monkeypa
     )
     base = cast(Base, llama)
     config = ServerConfig(kv_cache_mb=8000, adapter_memory_mb=1000, max_step_tokens=8192, max_rows=256)
-    needed = (8000 + 1000) * 2**20 + 8192 * (3 * 14336 + 2 * 4096) * 2 + 256 * 128256 * (2 + 4 + 4)
+    needed = (8000 + 1000) * 2**20 + 8192 * (3 * 14336 + 2 * 4096) * 2 + (8192 * 2 + 256 * 8) * 128256
     monkeypatch.setattr(memory, "_free_device_bytes", lambda: needed)
     assert plan_memory(base, config).kv_blocks == 8000 * 2**20 // (2 * 32 * 8 * 128 * 16 * 2)
     monkeypatch.setattr(memory, "_free_device_bytes", lambda: needed - 2**20)
-    with pytest.raises(FailedPrecondition, match=r"1,\d{3} MiB for a step .* MiB that the weights leave"):
+    with pytest.raises(FailedPrecondition, match=r"3,\d{3} MiB for a step .* MiB that the weights leave"):
         plan_memory(base, config)

@@ -1,6 +1,9 @@
 """paged_attention: against torch's own attention on dense float64 keys and values, sequence by sequence."""
 
 import sys
+import threading
+import time
+from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
 
@@ -149,13 +152,43 @@ def test_what_lies_in_a_page_past_the_context_is_not_seen() -> None:
 
 
 def test_chunks_are_computed_as_decodes_where_that_is_faster() -> None:
-    """Always where the CPU multiplies bfloat16 and query heads share a key head; what the rest does has its bounds."""
+    """Always where the CPU multiplies bfloat16 and four queries share a key head; what the rest does has its bounds."""
     cache, query = torch.empty(1, 2, 16, 64), torch.empty(1, 8, 64)
     in_tiles = few_keys(query.bfloat16(), cache.bfloat16(), capped=False)
     assert in_tiles == (sys.maxsize if cpu_has_them() else FEW_KEYS)
     assert FEW_KEYS <= few_keys(query[:, :2].bfloat16(), cache.bfloat16(), capped=False) <= in_tiles
     assert few_keys(query, cache, capped=False) == FEW_KEYS
     assert few_keys(query.bfloat16(), cache.bfloat16(), capped=True) == FEW_KEYS
+
+
+def test_a_chunk_is_as_long_as_the_keys_that_it_sees() -> None:
+    rows = [AttentionRow(0, 8, 40, list(range(10)))]
+    assert AttentionPlan(rows, BLOCK, CPU).on_cpu(8 * 40, None).prefills == []
+    assert AttentionPlan(rows, BLOCK, CPU).on_cpu(8 * 40 - 1, None).prefills == rows
+    assert AttentionPlan(rows, BLOCK, CPU).on_cpu(8 * 39, 39).prefills == []
+    assert AttentionPlan(rows, BLOCK, CPU).on_cpu(8 * 39, 41).prefills == rows
+
+
+def test_a_long_prompts_attention_lets_other_threads_have_the_interpreter() -> None:
+    query, k_cache, v_cache, rows = batch([(700, 0)], (4, 2), 64, BF16, 3)
+    plan, ticks, ended = AttentionPlan(rows, 16, CPU), [time.monotonic()], threading.Event()
+
+    def tick() -> None:
+        while not ended.wait(2e-4):
+            ticks.append(time.monotonic())
+
+    ticker = threading.Thread(target=tick)
+    with patch(FEW_KEYS_OF, return_value=sys.maxsize):
+        paged_attention(query, k_cache, v_cache, plan, scale=0.1)  # compiled
+        ticker.start()
+        began = time.monotonic()
+        for _ in range(5):
+            paged_attention(query, k_cache, v_cache, plan, scale=0.1)
+        took = (time.monotonic() - began) / 5
+    ended.set()
+    ticker.join()
+    within_calls = sum(now - before < took / 2 for before, now in pairwise(ticks))
+    assert within_calls > 20  # some 40 a call; where the lock is kept one between two calls
 
 
 def test_rows_that_share_pages_read_the_same() -> None:

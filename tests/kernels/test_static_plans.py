@@ -93,7 +93,7 @@ class TestAttentionPlanOfACpu:
     @pytest.mark.parametrize("contexts", [(1, 1, 1), (2500, 600, 5), (512, 513, 1024), (5, 4064, 16)])
     def test_attends_as_a_new_plan_does_from_the_old_place(self, contexts: tuple[int, int, int]) -> None:
         plan, fresh = self.plan(40, 700, 1), AttentionPlan(decodes(*contexts), BLOCK, CPU)
-        before, slots, held = self.attended(plan), plan.slots, plan.on_cpu(0).decode_rows
+        before, slots, held = self.attended(plan), plan.slots, plan.on_cpu(0, None).decode_rows
         assert held is not None
         address = held.table.data_ptr()
         plan.rewrite(decodes(*contexts))
@@ -102,7 +102,7 @@ class TestAttentionPlanOfACpu:
         assert not torch.equal(self.attended(plan), before)
         assert torch.equal(slots, fresh.slots)
         assert (plan.ends, plan.highest_block) == (fresh.ends, fresh.highest_block)
-        assert plan.on_cpu(0).decode_rows is held
+        assert plan.on_cpu(0, None).decode_rows is held
         assert held.table.data_ptr() == address
 
     def test_that_refused_a_batch_is_as_it_was(self) -> None:

@@ -17,9 +17,9 @@ from chorus.kernels.types import AttentionRow
 from chorus.kernels.upload import to_device, write
 
 FEW_KEYS = 1 << 14
-"""Tokens of a chunk times its context, up to which any CPU computes it best as so many decodes: ms so and with SDPA, 2
-cores, 16 heads of 64 over 4, bfloat16 without its instructions: 64 tokens of 64 0.21, 0.39; 128 of 128 0.55, 0.71; 8 of
-1024 0.60, 2.8; but 64 of 512 2.3, 1.3."""
+"""Tokens of a chunk times its context, up to which a CPU computes it best as so many decodes: ms so and with SDPA, 2
+cores of Zen 4, 16 heads of 64 over 4, bfloat16 without its instructions: 64 tokens of 64 0.21, 0.39; 128 of 128 0.55,
+0.71; 8 of 1024 0.60, 2.8; but 64 of 512 2.3, 1.3."""
 
 
 class CpuRows:
@@ -28,19 +28,27 @@ class CpuRows:
     With a capacity there are decodes alone.
     """
 
-    def __init__(self, rows: Sequence[AttentionRow], lists: RowLists, few_keys: int, capacity: Capacity | None) -> None:
+    def __init__(
+        self,
+        rows: Sequence[AttentionRow],
+        lists: RowLists,
+        few_keys: int,
+        window: int | None,
+        capacity: Capacity | None,
+    ) -> None:
         from chorus.kernels.native.decode_attention import DecodeRows  # numba is not everywhere
 
-        decodes = [row for row in rows if capacity is not None or is_short(row, few_keys)]
-        self.prefills = [row for row in rows if capacity is None and not is_short(row, few_keys)]
+        decodes = [row for row in rows if capacity is not None or is_short(row, few_keys, window)]
+        self.prefills = [row for row in rows if capacity is None and not is_short(row, few_keys, window)]
         own = RowLists(decodes, lists.block_size, lists.causal) if self.prefills else lists
         self.decode_rows = DecodeRows(own, pages=None if capacity is None else capacity.pages) if decodes else None
         self.prefill_blocks = [torch.tensor(row.used(lists.block_size)) for row in self.prefills]
 
 
-def is_short(row: AttentionRow, few_keys: int = FEW_KEYS) -> bool:
+def is_short(row: AttentionRow, few_keys: int = FEW_KEYS, window: int | None = None) -> bool:
     """Whether a chunk is better computed token by token, each as a decode."""
-    return row.end - row.start == 1 or (row.end - row.start) * row.context <= few_keys
+    tokens, seen = row.end - row.start, min(row.context, window or row.context)
+    return tokens == 1 or tokens * seen <= few_keys
 
 
 class AttentionPlan:
@@ -69,7 +77,7 @@ class AttentionPlan:
         self._capacity = capacity
         self._is_rewritable = capacity is not None and (self.runs_triton or device.type == "cpu")
         self._tables: dict[tuple[int, int | None], AttentionTables] = {}
-        self._on_cpu: dict[int, CpuRows] = {}
+        self._on_cpu: dict[tuple[int, int | None], CpuRows] = {}
         self.rows = tuple(rows)
         self.block_size = block_size
         self.causal = causal
@@ -113,11 +121,11 @@ class AttentionPlan:
     def _made(self, rows: Sequence[AttentionRow], group: int, window: int | None) -> AttentionTables:
         return attention_tables(rows, self.block_size, group, window, self._capacity, causal=self.causal)
 
-    def on_cpu(self, few_keys: int) -> CpuRows:
-        """For what runs on a CPU without Triton; chunks of at most so many keys are computed as decodes."""
-        key = 0 if self._capacity else few_keys
+    def on_cpu(self, few_keys: int, window: int | None) -> CpuRows:
+        """For what runs on a CPU without Triton; chunks that see at most so many keys are computed as decodes."""
+        key = (few_keys, window) if self._capacity is None else (0, None)
         if key not in self._on_cpu:
-            self._on_cpu[key] = CpuRows(self.rows, self._lists, few_keys, self._capacity)
+            self._on_cpu[key] = CpuRows(self.rows, self._lists, few_keys, window, self._capacity)
         return self._on_cpu[key]
 
 

@@ -84,7 +84,7 @@ def paged_attention(
         )
     from chorus.kernels.native.decode_attention import decode_attention, few_keys
 
-    batch = plan.on_cpu(few_keys(query, k_cache, capped=soft_cap is not None))
+    batch = plan.on_cpu(few_keys(query, k_cache, capped=soft_cap is not None), window)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     if batch.decode_rows is not None:
         decode_attention(

@@ -58,13 +58,15 @@ def plan_memory(base: "Base", config: ServerConfig) -> MemoryPlan:
 def step_bytes(base: "Base", config: ServerConfig) -> int:
     """What the largest step has in memory at a time, beside all that lasts, in about.
 
-    In a layer's MLP for each token two states, the gate, up and their product; then for each row its logits, also in
-    float32, and weights to draw by. Recorded steps share memory of the same size at most.
+    In a layer's MLP for each token two states, the gate, up and their product; then the logits, of prompts that are
+    scored for each token, and of each row also in float32 and as weights to draw by. What recorded steps keep is not
+    counted: one memory for all of them, as large as the largest needs, which has few tokens.
     """
     inner = max(site.in_features for site in base.sites.values() if not site.is_embedding)
     state = max(site.out_features for site in base.sites.values() if site.is_embedding)
     mlp = config.max_step_tokens * (3 * inner + 2 * state) * base.dtype.itemsize
-    return mlp + config.max_rows * base.facts.vocab_size * (base.dtype.itemsize + 8)
+    scored = max(config.max_step_tokens, config.max_rows) * base.dtype.itemsize
+    return mlp + (scored + config.max_rows * 8) * base.facts.vocab_size
 
 
 def _refuse_more_than_there_is(base: "Base", config: ServerConfig) -> None:

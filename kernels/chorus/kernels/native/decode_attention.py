@@ -31,6 +31,8 @@ from chorus.kernels.native.vectors import cpu_has_them
 from chorus.kernels.row_lists import RowLists
 
 _FEW_KEYS_ALONE = 1 << 18
+_QUERIES_TOGETHER = 4
+_SHORT = 1 << 14  # keys times key heads: 0.2 ms
 AHEAD = 4  # pages that are fetched before they are read
 
 
@@ -54,6 +56,7 @@ class DecodeRows:
         Raises:
             ValueError: not as many, or more pages than there is room for; nothing is written then.
         """
+        self.keys = sum(rows.context)
         count, numbers = len(rows.place), [*rows.place, *rows.context, *rows.first_page, *rows.pages]
         if count != self.count or len(numbers) >= len(self._numbers):
             raise ValueError(
@@ -96,19 +99,20 @@ def decode_attention(
         *(out, query, k_cache, v_cache, rows.table, rows.count, kv_heads),
         *(query.stride(0), query.stride(1), *k_cache.stride()[:3]),
         *(scale, window or 0, soft_cap or 0.0, bias, 0 if bias is None else bias.shape[1] // 2, heads // kv_heads),
+        is_long=rows.keys * kv_heads > _SHORT,
     )
 
 
 def few_keys(query: Tensor, k_cache: Tensor, *, capped: bool) -> int:
-    """Tokens of a chunk times its context, up to which it is best computed as so many decodes.
+    """Tokens of a chunk times the keys that each sees, up to which it is best computed as so many decodes.
 
-    In tiles always, where query heads share a key head. 2 cores, ms so and with SDPA: 16 heads of 64 over 4, 64 tokens
-    of 64 0.12, 0.33; 512 of 512 3.9, 10; 2048 of 2048 62, 72; 32 of 128 over 8, 512 of 512 14, 31; 64 of 4096 32, 68.
-    8 of 64 over 8: 512 of 512 3.5, 4.3; 2048 of 2048 51, 43.
+    In tiles always, where four query heads share a key head. 2 cores, ms so and with SDPA: 16 heads of 64 over 4, 64
+    tokens of 64 0.12, 0.33; 512 of 512 3.9, 10; 2048 of 2048 62, 72; 32 of 128 over 8, 512 of 512 14, 31; 64 of 4096
+    32, 68. Over 8, 16 heads of 64: 2048 of 2048 99, 80; 8 of 64: 512 of 512 3.5, 4.3; 2048 of 2048 51, 43.
     """
     if capped or not _runs_in_tiles(HELD_AS[query.dtype], query.shape[2], k_cache.shape[2]):
         return FEW_KEYS
-    return _FEW_KEYS_ALONE if query.shape[1] == k_cache.shape[1] else sys.maxsize
+    return _FEW_KEYS_ALONE if query.shape[1] < _QUERIES_TOGETHER * k_cache.shape[1] else sys.maxsize
 
 
 @cache

@@ -35,7 +35,7 @@ def likeliest(out: Tensor, logits: Tensor) -> None:
     """
     rows, width = logits.shape
     kernel = _kernel(logits.dtype)
-    kernel(1 + rows * width // _NUMBERS_OF_A_THREAD, out, logits, rows, width, logits.stride(0))
+    kernel(min(rows, 1 + rows * width // _NUMBERS_OF_A_THREAD), out, logits, rows, width, logits.stride(0))
 
 
 def prepare(dtype: torch.dtype) -> None:

@@ -36,7 +36,7 @@ numba itself looks only at the file that a kernel is in, and would go on with wh
 
 _FLOAT, _BITS = struct.Struct("f"), struct.Struct("i")
 
-# Keeps the interpreter's lock: a kernel is shorter than handing it on.
+# Keeps the interpreter's lock, where a kernel is shorter than handing it on.
 _ON_THREAD = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
 _ON_THREAD_UNLOCKED = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -54,17 +54,20 @@ class Compiled:
         self._on_thread = _ON_THREAD(self._code.address)
         self._on_thread_unlocked = _ON_THREAD_UNLOCKED(self._code.address)
 
-    def __call__(self, items: int, *arguments: torch.Tensor | int | float | None) -> None:
-        """Runs it on as many threads as torch has here, at most `items`. What tensors hold must outlive the call."""
+    def __call__(self, items: int, *arguments: torch.Tensor | int | float | None, is_long: bool = False) -> None:
+        """Runs it on as many threads as torch has here, at most `items`. What tensors hold must outlive the call.
+
+        If it `is_long` other threads have the interpreter meanwhile.
+        """
         memory = array("q", [0, EDITION, *[a if type(a) is int else _word(a) for a in arguments]])
         address, _ = memory.buffer_info()
         if _listener.note is not None:
             _listener.note(self._code.address, memory)
         threads = min(torch.get_num_threads(), items) if items > 1 and _parallel is not None else 1
         if threads > 1:
-            _parallel(self._code.address, address, threads, 0)
+            (_parallel_unlocked if is_long else _parallel)(self._code.address, address, threads, 0)
         else:
-            self._on_thread(address)
+            (self._on_thread_unlocked if is_long else self._on_thread)(address)
 
     def run_unlocked(self, *arguments: int) -> None:
         """Runs it on all threads that torch has here and lets other threads have the interpreter meanwhile."""
