@@ -88,6 +88,6 @@ def test_a_device_has_to_hold_the_budgets_and_a_step_beside_the_weights(monkeypa
     needed = (8000 + 1000) * 2**20 + 8192 * (3 * 14336 + 2 * 4096) * 2 + (8192 * 2 + 256 * 8) * 128256
     monkeypatch.setattr(memory, "_free_device_bytes", lambda: needed)
     assert plan_memory(base, config).kv_blocks == 8000 * 2**20 // (2 * 32 * 8 * 128 * 16 * 2)
-    monkeypatch.setattr(memory, "_free_device_bytes", lambda: needed - 2**20)
+    monkeypatch.setattr(memory, "_free_device_bytes", lambda: needed - 1)
     with pytest.raises(FailedPrecondition, match=r"3,\d{3} MiB for a step .* MiB that the weights leave"):
         plan_memory(base, config)

@@ -56,7 +56,7 @@ def plan_memory(base: "Base", config: ServerConfig) -> MemoryPlan:
 
 
 def step_bytes(base: "Base", config: ServerConfig) -> int:
-    """What the largest step has in memory at a time, beside all that lasts, in about.
+    """What the largest step has in memory at a time, beside all that lasts, more or less.
 
     In a layer's MLP for each token two states, the gate, up and their product; then the logits, of prompts that are
     scored for each token, and of each row also in float32 and as weights to draw by. What recorded steps keep is not
@@ -70,18 +70,20 @@ def step_bytes(base: "Base", config: ServerConfig) -> int:
 
 
 def _refuse_more_than_there_is(base: "Base", config: ServerConfig) -> None:
-    granted = config.kv_cache_mb + config.adapter_memory_mb
+    needed = (config.kv_cache_mb + config.adapter_memory_mb) * 2**20
     asked = f"--kv-cache-mb {config.kv_cache_mb} and --adapter-memory-mb {config.adapter_memory_mb}"
     if base.device.type == "cpu":
-        total, where = _host_bytes()
-        there = f"{total // 2**20:,} MiB of this {where}"
+        there, where = _host_bytes()
+        where = f"of this {where}"
     else:
+        there, where = _free_device_bytes(), "that the weights leave of this device"
         step = step_bytes(base, config)
-        total = _free_device_bytes() - step
-        asked += f", with some {step // 2**20:,} MiB for a step of --max-step-tokens and --max-rows,"
-        there = f"{(total + step) // 2**20:,} MiB that the weights leave of this device"
-    if granted > total // 2**20:
-        raise FailedPrecondition(f"{asked} are more than the {there}; grant less", reason="NOT_ENOUGH_MEMORY")
+        needed += step
+        asked += f", and {step // 2**20:,} MiB for a step of --max-step-tokens and --max-rows,"
+    if needed > there:
+        raise FailedPrecondition(
+            f"{asked} are more than the {there // 2**20:,} MiB {where}; grant less", reason="NOT_ENOUGH_MEMORY"
+        )
 
 
 def _host_bytes() -> tuple[int, str]:

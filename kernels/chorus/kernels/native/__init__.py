@@ -3,9 +3,11 @@
     numbers.py           bfloat16, float16 and addresses in a kernel; exp
     team.py              how a kernel is compiled, kept and run on the threads that torch computes with
     decode_attention.py  decodes over paged keys and values
+    page_tiles.py        its innermost loops, in registers
     packed_linear.py     linears of few rows, over weights as oneDNN packs them
     dot_tile.py          their innermost loop, in registers
     low_rank.py          many adapters' deltas for segments of few rows
+    rank_tiles.py        its innermost loops
     rope_store.py        queries and keys normed and rotated, keys and values stored
     residual_norm.py     sums and their norms
     gated_mul.py         act(gate) * up
