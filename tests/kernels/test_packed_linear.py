@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from chorus.kernels import PackedWeight, reference
+from chorus.kernels.cpu_products import product_dtype
 from chorus.kernels.native import packed_linear as native
 from chorus.kernels.native.vectors import cpu_has_them
 from support.rows import noise
@@ -14,6 +15,9 @@ from support.rows import noise
 ROWS = (1, 7, 8, 9, 16, 63, 64, 65, 200)
 SHAPES = ((64, 64), (40, 64), (200, 100), (1000, 66), (72, 1024), (128, 33), (8, 2))
 # What only the compiled kernel promises. Where it never runs, these are said to be skipped.
+of_onednn = pytest.mark.skipif(
+    product_dtype(torch.bfloat16) != torch.bfloat16, reason="needs a CPU where oneDNN multiplies bfloat16"
+)
 of_the_kernel = pytest.mark.skipif(not cpu_has_them(), reason="needs a CPU with AVX512_BF16 and without AMX")
 
 
@@ -92,6 +96,7 @@ def test_what_does_not_fit_is_refused(rows: int) -> None:
         packed.linear(x, residual=made(0, rows, 72).half())
 
 
+@of_onednn
 def test_the_kernel_reads_what_onednn_packs_wherever_it_runs() -> None:
     for n, k in SHAPES:
         weight = made(1, n, k)
@@ -100,6 +105,7 @@ def test_the_kernel_reads_what_onednn_packs_wherever_it_runs() -> None:
         assert readable == (cpu_has_them() and k % 2 == 0)
 
 
+@of_onednn
 def test_a_layout_that_is_not_the_kernels_is_left_to_onednn() -> None:
     weight = made(1, 200, 64)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)

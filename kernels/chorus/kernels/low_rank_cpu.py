@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from chorus.kernels.cpu_products import product_dtype
 from chorus.kernels.reference import activate
 from chorus.kernels.types import Activation, Epilogue, LowRankSegment, RankPool
 
@@ -114,14 +115,19 @@ class LongSegment:
 
     def add(self, y: Tensor, x: Tensor, pool: RankPool, mid_bias: Tensor | None) -> None:
         xs, ys = x.narrow(0, self.start, self.count), y.narrow(0, self.start, self.count)
-        middle = _shrink(xs, self.pool_rows.of_tensor(pool.a))
+        dtype = product_dtype(ys.dtype)
+        middle = _shrink(xs, self.pool_rows.of_tensor(pool.a), dtype)
         middle = _between(middle, pool.mid_scale, mid_bias, self.pool_rows, self.activation)
-        ys.addmm_(middle, self.pool_rows.of_tensor(pool.b))
+        b = self.pool_rows.of_tensor(pool.b).to(dtype)
+        if dtype == ys.dtype:
+            ys.addmm_(middle, b)
+        else:
+            ys.copy_(torch.addmm(ys.to(dtype), middle, b))
 
 
-def _shrink(x: Tensor, a: Tensor) -> Tensor:
-    """x A^T, [T, r], for rows x [T, K] or token ids [T] and A [r, K]."""
-    return torch.mm(x, a.T) if x.dim() == 2 else a.index_select(1, x).T
+def _shrink(x: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
+    """x A^T, [T, r], computed in `dtype`, for rows x [T, K] or token ids [T] and A [r, K]."""
+    return torch.mm(x.to(dtype), a.to(dtype).T) if x.dim() == 2 else a.index_select(1, x).T.to(dtype)
 
 
 def _between(

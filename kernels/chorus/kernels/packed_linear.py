@@ -1,13 +1,21 @@
-"""`PackedWeight`: a linear's weight on a CPU in bfloat16, in the layout that oneDNN computes with, and only there.
+"""`PackedWeight`: a linear's weight on a CPU in bfloat16, in the layout that it is multiplied in, and only there.
 
-Up to 64 rows a kernel of our own reads the weight where oneDNN has laid it (`native.packed_linear`), more rows are
-oneDNN's. Ours takes 0.83 of the time at 16 rows and 0.7 to 0.8 up to 8, where oneDNN does not read at the machine's
-bandwidth; from 64 rows on both compute at the machine's rate. All is oneDNN's where the machine lacks AVX512_BF16, has
-AMX, for which oneDNN's loop is the better one, or where oneDNN has laid the weight otherwise.
+Where oneDNN multiplies bfloat16 the layout is oneDNN's. Up to 64 rows a kernel of our own reads it where it lies
+(`native.packed_linear`), more rows are oneDNN's. Ours takes 0.83 of the time at 16 rows and 0.7 to 0.8 up to 8, where
+oneDNN does not read at the machine's bandwidth; from 64 rows on both compute at the machine's rate. All is oneDNN's
+where the machine lacks AVX512_BF16, has AMX, for which oneDNN's loop is the better one, or where oneDNN has laid the
+weight otherwise.
+
+Where it does not, which is where AVX-512 is missing, any number of rows is a kernel's of our own, which widens weights
+in registers (`native.widened_linear`).
 """
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from chorus.kernels.cpu_products import product_dtype
 
 # Rows that the layout is made for. oneDNN is as fast with it as with the plain one at 512, and twice as fast at 16.
 PACKED_FOR_ROWS = 16
@@ -17,13 +25,9 @@ class PackedWeight:
     """W [N, K], bfloat16; the tensor that it is made of is not kept."""
 
     def __init__(self, weight: Tensor) -> None:
-        from chorus.kernels.native import packed_linear as native  # numba is not everywhere
-
         self.shape = weight.shape
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
-        self._address = native.address_of(self._packed, weight)
-        self._few_rows = 0 if self._address is None else native.MOST_ROWS
-        self._multiply = native.packed_linear
+        as_it_is = product_dtype(weight.dtype) == weight.dtype
+        self._layout: _Layout = _OneDnns(weight) if as_it_is else _Widened(weight)
 
     def linear(self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """x W^T + bias + residual, a new tensor, rounded once: `reference.linear`.
@@ -34,15 +38,48 @@ class PackedWeight:
             ValueError: a tensor is of another dtype or does not fit the weight.
         """
         self._check(x, bias, residual)
-        if not 0 < x.numel() <= self._few_rows * self.shape[1]:
+        return self._layout.linear(x, bias, residual)
+
+    def dense(self) -> Tensor:
+        """W [N, K] as it was, to the bit."""
+        return self._layout.dense()
+
+    def _check(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
+        n, k = self.shape
+        fits = x.shape[-1] == k and (bias is None or (bias.shape == (n,) and bias.is_contiguous()))
+        if not fits or (residual is not None and residual.shape != (*x.shape[:-1], n)):
+            raise ValueError(f"x, bias, residual: want [..., {k}], [{n}], [..., {n}], got {_said(x, bias, residual)}")
+        if any(tensor is not None and tensor.dtype != torch.bfloat16 for tensor in (x, bias, residual)):
+            raise ValueError(f"x, bias, residual: want bfloat16 as the weight, got {_said(x, bias, residual)}")
+
+
+class _Layout(Protocol):
+    """How a weight lies, and who multiplies it; what it is given has been checked."""
+
+    def linear(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor: ...
+
+    def dense(self) -> Tensor: ...
+
+
+class _OneDnns:
+    def __init__(self, weight: Tensor) -> None:
+        from chorus.kernels.native import packed_linear as native  # numba is not everywhere
+
+        self._n, self._k = weight.shape
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+        self._address = native.address_of(self._packed, weight)
+        self._few_rows = 0 if self._address is None else native.MOST_ROWS
+        self._multiply = native.packed_linear
+
+    def linear(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        if not 0 < x.numel() <= self._few_rows * self._k:
             return self._of_many_rows(x, bias, residual)
-        y = x.new_empty((*x.shape[:-1], self.shape[0]))
+        y = x.new_empty((*x.shape[:-1], self._n))
         assert self._address is not None
         self._multiply(_rows(y), _rows(x), self._address, bias, None if residual is None else _rows(residual))
         return y
 
     def dense(self) -> Tensor:
-        """W [N, K] as it was, to the bit."""
         weight: Tensor = self._packed.to_dense()
         return weight
 
@@ -54,13 +91,23 @@ class PackedWeight:
             y = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, bias, "add")
         return y
 
-    def _check(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
-        n, k = self.shape
-        fits = x.shape[-1] == k and (bias is None or (bias.shape == (n,) and bias.is_contiguous()))
-        if not fits or (residual is not None and residual.shape != (*x.shape[:-1], n)):
-            raise ValueError(f"x, bias, residual: want [..., {k}], [{n}], [..., {n}], got {_said(x, bias, residual)}")
-        if any(tensor is not None and tensor.dtype != torch.bfloat16 for tensor in (x, bias, residual)):
-            raise ValueError(f"x, bias, residual: want bfloat16 as the weight, got {_said(x, bias, residual)}")
+
+class _Widened:
+    def __init__(self, weight: Tensor) -> None:
+        from chorus.kernels.native import widened_linear as native  # numba is not everywhere
+
+        self._n, self._k = weight.shape
+        self._packed = native.packed(weight)
+        self._multiply, self._unpacked = native.widened_linear, native.unpacked
+
+    def linear(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        y = x.new_empty((*x.shape[:-1], self._n))
+        if x.numel():
+            self._multiply(_rows(y), _rows(x), self._packed, bias, None if residual is None else _rows(residual))
+        return y
+
+    def dense(self) -> Tensor:
+        return self._unpacked(self._packed, self._n, self._k)
 
 
 def _rows(tensor: Tensor) -> Tensor:

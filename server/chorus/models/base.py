@@ -105,7 +105,7 @@ def load_base(
         name = source or "embedded"
         tokenizer = load_tokenizer(folder)
         adapted = _adapt(module, family)
-        packs = module.device.type == "cpu" and module.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+        packs = module.device.type == "cpu" and module.dtype == torch.bfloat16
         if packs:
             _own_the_rest(module, adapted)
         last = use_blocks(module) if family.plain_block else None
@@ -186,7 +186,7 @@ def _own_the_rest(module: PreTrainedModel, adapted: dict[str, Adapted]) -> None:
 
 
 def _pack(module: PreTrainedModel, adapted: dict[str, Adapted]) -> None:
-    """Lays the linears' weights out for oneDNN, one after the other, so that only one is in memory twice."""
+    """Packs the linears' weights, one after the other, so that only one is in memory twice."""
     for block in module.modules():
         if isinstance(block, Block):
             for group in block.groups:

@@ -6,6 +6,8 @@
     page_tiles.py        its innermost loops, in registers
     packed_linear.py     linears of few rows, over weights as oneDNN packs them
     dot_tile.py          their innermost loop, in registers
+    widened_linear.py    linears on a CPU that does not multiply bfloat16
+    fma_tile.py          their innermost loop, in registers
     low_rank.py          many adapters' deltas for segments of few rows
     rank_tiles.py        its innermost loops
     rope_store.py        queries and keys normed and rotated, keys and values stored
@@ -21,6 +23,7 @@ alone: same inputs, same bits, whatever the number of threads. Sums are float32.
 
 import torch
 
+from chorus.kernels.cpu_products import product_dtype
 from chorus.kernels.native import (
     decode_attention,
     gated_mul,
@@ -30,6 +33,7 @@ from chorus.kernels.native import (
     program,
     residual_norm,
     rope_store,
+    widened_linear,
 )
 from chorus.kernels.native.numbers import HELD_AS
 
@@ -40,7 +44,7 @@ def prepare(dtype: torch.dtype, head_dim: int, block_size: int) -> None:
         decode_attention.prepare(dtype, head_dim, block_size)
         low_rank.prepare(dtype)
         rope_store.prepare(dtype)
-        packed_linear.prepare(dtype)
+        (packed_linear if product_dtype(dtype) == dtype else widened_linear).prepare(dtype)
         likeliest.prepare(dtype)
         likeliest.prepare(torch.float32)  # of logits with penalties
         program.prepare()
