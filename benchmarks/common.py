@@ -97,6 +97,13 @@ def median_seconds(work: Callable[[], object], repeats: int = 20) -> float:
     return statistics.median(times)
 
 
+def peer_dtype(device: str) -> torch.dtype:
+    """What others are best run in: bfloat16, but float32 on a CPU where torch computes that several times faster."""
+    from chorus.kernels.cpu_products import product_dtype  # vLLM's process, which has no Chorus, is told
+
+    return product_dtype(torch.bfloat16) if device == "cpu" else torch.bfloat16
+
+
 def copy_bandwidth(device: str) -> float:
     """Bytes read and written per second by a large copy."""
     source = torch.empty(or_toy(2**28, 2**16), dtype=torch.uint8, device=device)
@@ -106,8 +113,9 @@ def copy_bandwidth(device: str) -> float:
 
 def read_bandwidth(device: str) -> float:
     """Bytes per second of a large product with a vector, which only reads; the better median of two."""
-    source = torch.ones(16, or_toy(2**24, 2**12), dtype=torch.bfloat16, device=device)
-    vector = torch.ones(source.shape[1], 1, dtype=torch.bfloat16, device=device)
+    dtype = peer_dtype(device)
+    source = torch.ones(16, or_toy(2**24, 2**12), dtype=dtype, device=device)
+    vector = torch.ones(source.shape[1], 1, dtype=dtype, device=device)
     return source.nbytes / min(median_seconds(lambda: source @ vector, 13) for _ in range(2))
 
 
@@ -141,13 +149,16 @@ def record(name: str, row: dict[str, Any]) -> None:
 
 
 def _cpu_name() -> str:
-    flags = {"avx512_bf16", "amx_bf16"}
+    """The model, and which instructions it has for bfloat16; where AVX-512 is missing at all, that."""
+    named = {"avx512_bf16", "amx_bf16"}
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines())
     except (OSError, ValueError):
         return platform.processor()
     fields = {key.strip(): value.strip() for key, value in lines.items()}
-    return " ".join([fields.get("model name", "?"), *sorted(flags & set(fields.get("flags", "").split()))])
+    flags = set(fields.get("flags", "").split())
+    lacks = ["without AVX-512"] if "avx2" in flags and "avx512f" not in flags else []
+    return " ".join([fields.get("model name", "?"), *sorted(named & flags), *lacks])
 
 
 def _git(*arguments: str) -> str:

@@ -2,7 +2,8 @@
 
     python benchmarks/engine.py [--peers vllm | --alone | --against FOLDER] [--profile] [--json] [--rounds 3]
 
-16 requests, 64 tokens in, 64 out, greedy, bf16, a 144M Llama shape; adapters of rank 16 on all seven linears. Each
+16 requests, 64 tokens in, 64 out, greedy, bf16, a 144M Llama shape; adapters of rank 16 on all seven linears. Peers get
+the same numbers in float32 on a CPU without instructions for bfloat16, where that is faster for them by far. Each
 contestant is a process of its own with the same weights, and they take turns; ratios are of medians. A decode step is
 compared with its floor: its linears alone, and the adapters' bytes read once. Prints the ceilings first, a table, with
 --profile where a step's time goes, and with --json one JSON line last; a row goes to results/engine.jsonl.
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from common import Others, copy_bandwidth, matmul_rate, or_toy, record, wait_until_quiet
+from common import Others, copy_bandwidth, matmul_rate, or_toy, peer_dtype, record, wait_until_quiet
 from peers import vllm_cpu
 from peers.checkout import Checkout
 from peers.process import Answer, Contestant
@@ -38,12 +39,13 @@ class Field:
         def enter(contestant: Contestant) -> Contestant:
             return open_ones.enter_context(closing(contestant))
 
+        dtype = str(peer_dtype(device)).removeprefix("torch.")
         self.chorus = enter(Contestant("peers.chorus_engine", str(folder), device))
         self.floor = enter(Contestant("step_floor", device))
         self.base: dict[str, Contestant] = {}
         self.adapted: dict[str, Contestant] = {}
         if "transformers" in peers:
-            both = enter(Contestant("peers.transformers_peft", str(folder), device))
+            both = enter(Contestant("peers.transformers_peft", str(folder), device, dtype))
             self.base["transformers"], self.adapted["peft"] = both, both
         if against is not None:
             checkout = Checkout(against, str(folder), device)
@@ -51,7 +53,7 @@ class Field:
             self.base["checkout"], self.adapted["checkout"] = checkout, checkout
         if "vllm" in peers:
             self.base["vllm"], self.adapted["vllm"] = (
-                enter(vllm_cpu.start(folder, lora=lora)) for lora in (False, True)
+                enter(vllm_cpu.start(folder, dtype, lora=lora)) for lora in (False, True)
             )
 
     def peers_of(self, workload: str) -> dict[str, Contestant]:
@@ -156,7 +158,8 @@ def main() -> None:
         "matmul_bf16_gflop_s": matmul_rate(torch.bfloat16, arguments.device) / 1e9,
     }
     print("ceilings: " + ", ".join(f"{name} {value:.1f}" for name, value in ceilings.items()), file=sys.stderr)
-    row: dict[str, Any] = {"device": arguments.device, **ceilings}
+    dtype = str(peer_dtype(arguments.device)).removeprefix("torch.")
+    row: dict[str, Any] = {"device": arguments.device, "peer_dtype": dtype, **ceilings}
     if arguments.against:
         row["against"] = Checkout.commit_of(arguments.against)
     with contestants(arguments.device, peers, arguments.against) as field:

@@ -18,7 +18,7 @@ from chorus.kernels import (
     paged_attention,
 )
 from chorus.kernels.tuning import Family
-from common import SHAPE_144M
+from common import SHAPE_144M, peer_dtype
 
 ROWS, RANK = 16, 16
 LAYERS = SHAPE_144M["num_hidden_layers"]
@@ -156,10 +156,12 @@ def low_rank_contestants(case: LowRankCase) -> dict[str, Work]:
     linears, for scale."""
     count, widest = len(case.segments), max(len(s.pool_rows) for s in case.segments)
     own = _own_lanes(case.segments, case.pool[0].a)
+    dtype = peer_dtype(case.x[0].device.type)
+    linears = [(x.to(dtype), weight.to(dtype)) for x, weight in zip(case.x, case.weight, strict=True)]
     padded = [[_padded(table, case.segments, widest) for table in (pool.a, pool.b)] for pool in case.pool]
 
     def base() -> None:
-        for x, weight in zip(case.x, case.weight, strict=True):
+        for x, weight in linears:
             F.linear(x, weight)
 
     def loop() -> None:

@@ -1,8 +1,8 @@
 """The least that a decode step of the benchmark's shape takes: its linears alone, and its adapters' bytes read once.
 
 Linears: the seven of each layer and lm_head over 16 rows, on CPU in the layout that oneDNN prefers, in turn, each with
-memory of its own as in a model. Adapters: A and B of each distinct one, at the bandwidth that a large product reads
-with. Attention, norms and sampling count as nothing, so nobody reaches it.
+memory of its own as in a model; in float32 where the CPU has no instructions for bfloat16. Adapters: A and B of each
+distinct one, at the bandwidth that a large product reads with. Attention, norms and sampling count as nothing.
 """
 
 import sys
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from common import SHAPE_144M, median_seconds, read_bandwidth
+from common import SHAPE_144M, median_seconds, peer_dtype, read_bandwidth
 from peers.process import serve
 from peers.work import RANK, REQUESTS
 
@@ -37,8 +37,9 @@ class StepFloor:
         head = (SHAPE_144M["hidden_size"], SHAPE_144M["vocab_size"])
         shapes = [*(shape for _ in range(SHAPE_144M["num_hidden_layers"]) for shape in linears()), head]
         self._device = device
-        self._x = {k: torch.randn(REQUESTS, k, device=device).bfloat16() for k, _ in shapes}
-        self._weights = [(k, self._lay_out(torch.randn(n, k, device=device).bfloat16())) for k, n in shapes]
+        dtype = peer_dtype(device)
+        self._x = {k: torch.randn(REQUESTS, k, device=device).to(dtype) for k, _ in shapes}
+        self._weights = [(k, self._lay_out(torch.randn(n, k, device=device).to(dtype))) for k, n in shapes]
 
     @torch.inference_mode()
     def measure(self) -> dict[str, float]:

@@ -17,6 +17,7 @@ from common import RESULTS
 
 README = RESULTS.parents[1] / "README.md"
 DEVICES = ("cpu", "cuda")
+PEER_DTYPES = ("bfloat16", "float32")
 # A workload's name in a row, in the table, and who else does it, besides vLLM.
 WORKLOADS = (
     ("base", "base", "transformers"),
@@ -29,14 +30,15 @@ LOW_RANK = "`low_rank`, 16 adapters of rank 16, all linears"
 Row = dict[str, Any]
 
 
-def newest(rows: Iterable[Row], key: str, device: str) -> Row | None:
-    """The last row of a device that has the key; rows are appended."""
-    return next((row for row in reversed(list(rows)) if key in row and row["device"] == device), None)
+def newest(rows: Iterable[Row], key: str, device: str, dtype: str = "bfloat16") -> Row | None:
+    """The last row that has the key, of a device where peers are best run in `dtype`; rows are appended."""
+    of_these = [row for row in rows if key in row and row["device"] == device]
+    return next((row for row in reversed(of_these) if row.get("peer_dtype", "bfloat16") == dtype), None)
 
 
 def engine_tables(rows: list[Row]) -> str:
-    """A table for each device that has a row with peers."""
-    found = [newest(rows, "base_over_transformers", device) for device in DEVICES]
+    """A table for each kind of device that has a row with peers."""
+    found = [newest(rows, "base_over_transformers", device, dtype) for device in DEVICES for dtype in PEER_DTYPES]
     return "\n\n".join(_engine_table(row) for row in found if row)
 
 
@@ -44,7 +46,8 @@ def _engine_table(row: Row) -> str:
     vllm = any(f"{workload}_vllm_tok_s" in row for workload, _, _ in WORKLOADS)
     ranges = " (range over pairs)" if any(key.endswith("_range") for key in row) else ""
     efficiency = any(f"decode_efficiency_{workload}" in row for workload, _, _ in WORKLOADS)
-    header = [f"{_machine(row)}, tokens/s", "Chorus", "peer", f"Chorus / peer{ranges}"]
+    peers = f"peer ({dtype})" if (dtype := row.get("peer_dtype", "bfloat16")) != "bfloat16" else "peer"
+    header = [f"{_machine(row)}, tokens/s", "Chorus", peers, f"Chorus / peer{ranges}"]
     header += ["vLLM", "Chorus / vLLM"] if vllm else []
     header += ["decode step: floor/time"] if efficiency else []
     lines = []

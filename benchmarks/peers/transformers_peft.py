@@ -15,11 +15,10 @@ from peers.work import REQUESTS, TOKENS_IN, TOKENS_OUT, adapter_folders, base_fo
 class TransformersPeft:
     """Two copies of the base, one of them with every adapter."""
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str, dtype: torch.dtype) -> None:
         self._device = device
         self._base, wrapped = (
-            AutoModelForCausalLM.from_pretrained(base_folder(folder), dtype=torch.bfloat16).eval().to(device)
-            for _ in range(2)
+            AutoModelForCausalLM.from_pretrained(base_folder(folder), dtype=dtype).eval().to(device) for _ in range(2)
         )
         first, *others = adapter_folders(folder)
         self._adapted = PeftModel.from_pretrained(
@@ -27,7 +26,7 @@ class TransformersPeft:
         )
         for path in others:
             self._adapted.load_adapter(str(path), adapter_name=path.name, autocast_adapter_dtype=False)
-        self._adapted.eval().to(device)
+        self._adapted.eval().to(device, dtype)
         self._names = [path.name for path in (first, *others)]
 
     @torch.inference_mode()
@@ -44,4 +43,4 @@ class TransformersPeft:
 
 
 if __name__ == "__main__":
-    serve(lambda: TransformersPeft(Path(sys.argv[1]), sys.argv[2]).run)
+    serve(lambda: TransformersPeft(Path(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3])).run)

@@ -29,7 +29,7 @@ def require() -> str:
     return preload
 
 
-def start(folder: Path, *, lora: bool) -> Contestant:
+def start(folder: Path, dtype: str, *, lora: bool) -> Contestant:
     """Starts vLLM's process; raises as `require` does."""
     environment = {
         "LD_PRELOAD": require(),
@@ -38,21 +38,24 @@ def start(folder: Path, *, lora: bool) -> Contestant:
         "VLLM_LOGGING_LEVEL": "CRITICAL",
     }
     return Contestant(
-        "peers.vllm_cpu", str(folder), "lora" if lora else "base", python=str(PYTHON), environment=environment
+        "peers.vllm_cpu",
+        *(str(folder), "lora" if lora else "base", dtype),
+        python=str(PYTHON),
+        environment=environment,
     )
 
 
 class Vllm:
     """An engine that runs all requests at once."""
 
-    def __init__(self, folder: Path, lora: bool) -> None:
+    def __init__(self, folder: Path, lora: bool, dtype: str) -> None:
         from vllm import LLM
 
         options = {"enable_lora": True, "max_loras": ADAPTERS, "max_lora_rank": RANK} if lora else {}
         self._llm = LLM(
             model=str(base_folder(folder)),
             skip_tokenizer_init=True,
-            dtype="bfloat16",
+            dtype=dtype,
             max_model_len=2 * (TOKENS_IN + TOKENS_OUT),
             max_num_seqs=REQUESTS,
             max_num_batched_tokens=REQUESTS * TOKENS_IN,
@@ -76,4 +79,4 @@ class Vllm:
 
 
 if __name__ == "__main__":
-    serve(lambda: Vllm(Path(sys.argv[1]), sys.argv[2] == "lora").run)
+    serve(lambda: Vllm(Path(sys.argv[1]), sys.argv[2] == "lora", sys.argv[3]).run)

@@ -98,6 +98,14 @@ def test_a_row_without_peers_does_not_take_the_place_of_one_with_them() -> None:
     assert tables.engine_tables([engine_row(200.0), alone]) == tables.engine_tables([engine_row(200.0)])
 
 
+def test_a_cpu_on_which_peers_run_in_float32_has_a_table_of_its_own() -> None:
+    other = engine_row(300.0, peer_dtype="float32", cpu="Another")
+    first, second = engine_row(100.0), engine_row(200.0)
+    drawn = tables.engine_tables([first, other, second])
+    assert drawn == f"{tables.engine_tables([second])}\n\n{tables.engine_tables([other])}"
+    assert drawn.splitlines()[9].startswith("| 2 CPU cores (Another), tokens/s | Chorus | peer (float32) |")
+
+
 def test_the_operators_table_has_the_newest_row_of_each_operator() -> None:
     old = kernel_row(low_rank=timed(chorus=0.5), paged_attention={"128": timed(chorus=0.002, SDPA=0.003)})
     lines = tables.kernel_tables([old, kernel_row(low_rank=timed(chorus=0.01, loop=0.05))]).splitlines()
