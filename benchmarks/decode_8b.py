@@ -15,13 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from chorus.config import ServerConfig
 from chorus.engine import messages as m
 from chorus.engine.engine import Engine
 from chorus.models.base import Base
-from common import SHAPE_144M, copy_bandwidth, matmul_rate, or_toy, record, wait_until_quiet
+from common import SHAPE_144M, copy_bandwidth, matmul_rate, or_toy, peer_dtype, record, wait_until_quiet
 from loads.alone import alone, load_adapters
 from loads.decodes import decode_ms, prefill_ms
 from loads.distinct import shapes, write_adapter
@@ -96,8 +94,8 @@ def floors(bandwidth: float) -> dict[str, float]:
 
 
 def measure(device: Literal["cpu", "cuda"], adapters: int) -> dict[str, Any]:
-    bandwidth, rate = copy_bandwidth(device), matmul_rate(torch.bfloat16, device)
-    row: dict[str, Any] = {"device": device, "copy_gb_s": bandwidth / 1e9, "matmul_bf16_tflop_s": rate / 1e12}
+    bandwidth, rate = copy_bandwidth(device), matmul_rate(peer_dtype(device), device)
+    row: dict[str, Any] = {"device": device, "copy_gb_s": bandwidth / 1e9, "matmul_tflop_s": rate / 1e12}
     with tempfile.TemporaryDirectory() as name:
         folders = [write_adapter(SHAPE_8B, Path(name) / str(i), i, [RANK]) for i in range(adapters)]
         ways: dict[str, dict[str, Any]] = {

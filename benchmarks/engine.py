@@ -19,8 +19,6 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common import Others, copy_bandwidth, matmul_rate, or_toy, peer_dtype, record, wait_until_quiet
 from peers import vllm_cpu
 from peers.checkout import Checkout
@@ -155,7 +153,7 @@ def main() -> None:
     wait_until_quiet()
     ceilings = {
         "copy_gb_s": copy_bandwidth(arguments.device) / 1e9,
-        "matmul_bf16_gflop_s": matmul_rate(torch.bfloat16, arguments.device) / 1e9,
+        "matmul_gflop_s": matmul_rate(peer_dtype(arguments.device), arguments.device) / 1e9,
     }
     print("ceilings: " + ", ".join(f"{name} {value:.1f}" for name, value in ceilings.items()), file=sys.stderr)
     dtype = str(peer_dtype(arguments.device)).removeprefix("torch.")

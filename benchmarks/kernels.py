@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from attention_sweep import LLAMA_8B, attention_cases, attention_sweep
-from common import copy_bandwidth, matmul_rate, or_toy, read_bandwidth, record, wait_until_quiet
+from common import copy_bandwidth, matmul_rate, or_toy, peer_dtype, read_bandwidth, record, wait_until_quiet
 from kernel_cases import (
     RANK,
     ROWS,
@@ -76,9 +76,9 @@ def run(
 
 def measure(ops: list[str], peers: dict[str, Peer], device: str) -> dict[str, Any]:
     read, copy = read_bandwidth(device), copy_bandwidth(device)
-    rate = matmul_rate(torch.bfloat16, device)
+    rate = matmul_rate(peer_dtype(device), device)
     print(
-        f"read {read / 1e9:.1f} GB/s, copy {copy / 1e9:.1f} GB/s, bf16 matmul {rate / 1e12:.2f} TFLOP/s",
+        f"read {read / 1e9:.1f} GB/s, copy {copy / 1e9:.1f} GB/s, matmul {rate / 1e12:.2f} TFLOP/s",
         file=sys.stderr,
     )
     row: dict[str, Any] = {

@@ -19,15 +19,16 @@ def test_importing_the_client_needs_no_server_packages() -> None:
     assert done.stdout == "[]\n"
 
 
-def test_importing_the_client_takes_less_than_0_3_seconds() -> None:
-    # Processor time, and the best of three, as the machine may be busy with other things.
-    def seconds() -> float:
+def test_importing_the_client_takes_little_more_than_importing_grpc() -> None:
+    # Processor time, and the best of three in turns, as machines differ, and this one may be busy with other things.
+    def seconds(code: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-c", "import chorus.client"], check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 0.3
+    taken = [(seconds("import chorus.client"), seconds("import grpc.aio")) for _ in range(3)]
+    assert min(ours for ours, _ in taken) < 3 * min(grpcs for _, grpcs in taken)
 
 
 def needed(distribution: str, seen: set[str]) -> set[str]:
