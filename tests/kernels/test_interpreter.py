@@ -16,8 +16,7 @@ def test_kernels_are_right_in_the_interpreter() -> None:
     files = set(FOLDER.glob("test_*.py"))
     low_rank = set(FOLDER.glob("test_low_rank*.py"))
     running = [interpret(sorted(part)) for part in (low_rank, files - low_rank)]
-    for process in running:
-        said = process.communicate(timeout=580)[0]
+    for process, said in [(process, process.communicate(timeout=580)[0]) for process in running]:
         last = (said.strip().splitlines() or [""])[-1]
         assert process.returncode == 0, said
         assert "passed" in last

@@ -1,7 +1,7 @@
 """What validation measures, against transformers' own greedy decoding; and which adapter it chooses."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from chorus.trainer.metrics import Validation
 from chorus.trainer.selection import Selection
 
 Change = Callable[..., TrainConfig]
+Write = Callable[[str, Iterable[object]], Path]
 #: Overfits at once: the validation loss falls, then rises.
 OVERFITTING = {"steps": 60, "learning_rate": 5e-2, "warmup_steps": 0, "eval_every": 3, "schedule": "constant"}
 
@@ -80,14 +81,16 @@ def test_token_accuracy_counts_each_tokens_likeliest(changed: Change, base_folde
     assert result.validation_token_accuracy == sum(right) / len(right)
 
 
-def test_the_best_adapter_is_exported_and_not_the_last(changed: Change, base_folder: Path, tmp_path: Path) -> None:
-    config = changed(train=OVERFITTING)
-    result = train(config, tmp_path / "out")
+def test_the_best_adapter_is_exported_and_not_the_last(changed: Change, tmp_path: Path, write_jsonl: Write) -> None:
+    """Training is for another answer than validation wants: the surer of it, the worse, on any machine."""
+    taught, wanted = ({"prompt": "I like", "completion": answer} for answer in (" red apples", " green plums and so"))
+    data = {"train": write_jsonl("taught.jsonl", [taught] * 4), "validation": write_jsonl("wanted.jsonl", [wanted])}
+    result = train(changed(train=OVERFITTING, data=data), tmp_path / "out")
     losses = {row["step"]: row["validation_loss"] for row in evals(tmp_path / "out") if row["step"]}
     assert result.validation_loss == min(losses.values())
     assert result.best_step == min(losses, key=lambda step: losses[step])
     assert result.best_step < result.steps == 60
-    again = train(changed(train=OVERFITTING | {"steps": result.best_step}), tmp_path / "again")
+    again = train(changed(train=OVERFITTING | {"steps": result.best_step}, data=data), tmp_path / "again")
     assert again.validation_loss == result.validation_loss
     name = "adapter_model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
