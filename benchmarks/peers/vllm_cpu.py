@@ -49,6 +49,11 @@ class Vllm:
     """An engine that runs all requests at once."""
 
     def __init__(self, folder: Path, lora: bool, dtype: str) -> None:
+        # vLLM looks at models in a process of its own, where transformers would take a folder of ours, or a script, for
+        # the package `kernels`.
+        os.environ.pop("PYTHONPATH", None)
+        os.chdir(folder)
+
         from vllm import LLM
 
         options = {"enable_lora": True, "max_loras": ADAPTERS, "max_lora_rank": RANK} if lora else {}
