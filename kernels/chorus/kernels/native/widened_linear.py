@@ -36,8 +36,8 @@ _SHORT = 1 << 25  # products: 0.4 ms
 def packed(weight: Tensor) -> Tensor:
     """W [N, K], bfloat16, as the kernel reads it: [ceil(N / 64), ceil(K / 2), 64, 2], zeros past N and K."""
     n, k = weight.shape
-    filled = F.pad(weight, (0, k % 2, 0, -n % PANEL))
-    return filled.view(-1, PANEL, (k + 1) // 2, 2).transpose(1, 2).contiguous()
+    panels = F.pad(weight, (0, k % 2, 0, -n % PANEL)).view(-1, PANEL, (k + 1) // 2, 2).transpose(1, 2)
+    return torch.empty(panels.shape, dtype=weight.dtype).copy_(panels)  # of its own, and so aligned
 
 
 def unpacked(weight: Tensor, n: int, k: int) -> Tensor:
