@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 # From this many rows on a segment gets GEMMs of its own, without tiles. The kernel's time over theirs (2 cores,
 # K = 1024, N = 1024 and 2816, rank 16, 1 and 4 segments): 0.2 to 0.5 at 16 rows, 0.4 to 0.9 at 64, 0.8 to 1.5 at 128.
-# With tiles it is 0.15 at 8 segments of 64 rows, about 1 at 256 rows of one, 1.3 to 1.7 at 512 and 2048.
+# With tiles it is 0.15 at 8 segments of 64 rows, about 1 at 256 rows of one, 1.3 to 1.7 at 512 and 2048. Where torch
+# does not multiply the dtype, and theirs are in float32: 0.5 at 8 segments of 64 rows, 0.8 at 256 and 512 rows.
 LONG_SEGMENT_ROWS, LONG_IN_TILES = 64, 512
 
 
@@ -39,7 +40,8 @@ class CpuSegments:
     def shared_out(self, dtype: torch.dtype) -> Shared:
         from chorus.kernels.native.low_rank import has_tiles  # numba is not everywhere
 
-        least = LONG_IN_TILES if has_tiles(dtype) else LONG_SEGMENT_ROWS
+        is_ahead = has_tiles(dtype) or product_dtype(dtype) != dtype
+        least = LONG_IN_TILES if is_ahead else LONG_SEGMENT_ROWS
         if least not in self._shared:
             self._shared[least] = self._by_length(least)
         return self._shared[least]

@@ -4,10 +4,10 @@
     for each query       softmax, in place, but for its division
     for each page        weights times its values, widened once          -> sums [G, D], divided, rounded once
 
-Keys and values are read where they lie, once; everything else stays in the first levels of the cache. In bfloat16,
-where the CPU multiplies such numbers, loops over pages are those of `page_tiles`: 16 rows, 16 heads of 64 over 4, 2
-cores, from memory: of 128 tokens 88 us instead of 144, of 1024 0.9 ms instead of 2.9; torch's bmm, page by page, took
-560 us of 128.
+Keys and values are read where they lie, once; everything else stays in the first levels of the cache. In bfloat16
+loops over pages are those of `page_tiles`: 16 rows, 16 heads of 64 over 4, 2 cores, from memory: of 128 tokens 88 us
+instead of 144, of 1024 0.9 ms instead of 2.9; torch's bmm, page by page, took 560 us of 128. Without products of
+bfloat16 32 rows of 8 heads of 32 over 4, one core, take 180 us of 128 tokens instead of 600.
 """
 # numba compiles what it sees, whatever the types say.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -27,7 +27,7 @@ from chorus.kernels.attention_plan import FEW_KEYS
 from chorus.kernels.native.numbers import HELD_AS, INLINE, exp, float_of, narrow, pointer, take_ticket, wide
 from chorus.kernels.native.page_tiles import KEYS, add_page, fetch, score_page
 from chorus.kernels.native.team import EDITION, Compiled
-from chorus.kernels.native.vectors import cpu_has_them
+from chorus.kernels.native.vectors import cpu_has
 from chorus.kernels.row_lists import RowLists
 
 _FEW_KEYS_ALONE = 1 << 18
@@ -106,18 +106,21 @@ def decode_attention(
 def few_keys(query: Tensor, k_cache: Tensor, *, capped: bool) -> int:
     """Tokens of a chunk times the keys that each sees, up to which it is best computed as so many decodes.
 
-    In tiles always, where four query heads share a key head. 2 cores, ms so and with SDPA: 16 heads of 64 over 4, 64
-    tokens of 64 0.12, 0.33; 512 of 512 3.9, 10; 2048 of 2048 62, 72; 32 of 128 over 8, 512 of 512 14, 31; 64 of 4096
-    32, 68. Over 8, 16 heads of 64: 2048 of 2048 99, 80; 8 of 64: 512 of 512 3.5, 4.3; 2048 of 2048 51, 43.
+    In tiles always, where the CPU multiplies bfloat16 and four query heads share a key head. 2 cores, ms so and with
+    SDPA: 16 heads of 64 over 4, 64 tokens of 64 0.12, 0.33; 512 of 512 3.9, 10; 2048 of 2048 62, 72; 32 of 128 over 8,
+    512 of 512 14, 31; 64 of 4096 32, 68. Over 8, 16 heads of 64: 2048 of 2048 99, 80; 8 of 64: 512 of 512 3.5, 4.3;
+    2048 of 2048 51, 43. Where it has no such products, 16 heads of 64 over 4: 64 of 64 0.23, 0.41; 256 of 256 2.4,
+    2.6; 1024 of 1024 36, 27.
     """
-    if capped or not _runs_in_tiles(HELD_AS[query.dtype], query.shape[2], k_cache.shape[2]):
+    in_tiles = _runs_in_tiles(HELD_AS[query.dtype], query.shape[2], k_cache.shape[2])
+    if capped or not in_tiles or not cpu_has("avx512bf16"):
         return FEW_KEYS
     return _FEW_KEYS_ALONE if query.shape[1] < _QUERIES_TOGETHER * k_cache.shape[1] else sys.maxsize
 
 
 @cache
 def _runs_in_tiles(held: type, dim: int, block: int) -> bool:
-    return held is HELD_AS[torch.bfloat16] and cpu_has_them() and dim % 16 == 0 and block == KEYS
+    return held is HELD_AS[torch.bfloat16] and cpu_has("fma") and dim % 16 == 0 and block == KEYS
 
 
 def prepare(dtype: torch.dtype, dim: int, block_size: int) -> None:

@@ -1,9 +1,10 @@
 """The innermost loops of decode attention in bfloat16, in registers: a page of 16 keys, or of 16 values.
 
     score_page    keys times a query                    16 sums, turned into one vector of 16 scores
-    add_page      values times their weights            16 sums of 16 numbers, of as many queries as that holds
+    add_page      values times their weights            16 sums of 16 numbers, of as many queries as that holds;
+                                                        4 where registers are half as wide, and half as many
 
-Keys are multiplied as they lie, two neighbours to a lane (`vdpbf16ps`). Values are widened in registers, once for all
+Keys are multiplied as they lie, two neighbours to a lane (`dot`). Values are widened in registers, once for all
 queries of a tile; their weights stay float32.
 """
 # numba compiles what it sees, whatever the types say.
@@ -24,6 +25,7 @@ from chorus.kernels.native.vectors import (
     PAIRS,
     SUMS,
     at_most,
+    cpu_has,
     dot,
     float_in_every_lane,
     load,
@@ -37,7 +39,7 @@ from chorus.kernels.native.vectors import (
 
 KEYS = 16
 _ASKED = 64 * KEYS  # bytes that `_score` asks for
-_SUMS = 16  # vectors of them at a time
+_SUMS = 16 if cpu_has("avx512f") else 4  # vectors of them at a time: half of the registers
 
 
 @numba.njit(**INLINE)
@@ -65,8 +67,10 @@ def add_page(dim, sums, weights, values_at, stride, ahead_at):
         last, values = len(sums) - 1 - g, weights.shape[1]
         if last == 0:
             _add(dim, 1, sums_at, last, weights_at, row, values_at, stride, values, ahead_at)
+        elif last == 1 and together > 1:
+            _add(dim, 2, sums_at, last, weights_at, row, values_at, stride, values, ahead_at)
         else:
-            _add(dim, _SUMS, sums_at, last, weights_at, row, values_at, stride, values, ahead_at)
+            _add(dim, 0, sums_at, last, weights_at, row, values_at, stride, values, ahead_at)
 
 
 @numba.njit(**INLINE)
@@ -108,7 +112,7 @@ def _score(
 def _add(
     typing: Any,
     dim: Any,
-    most: Any,
+    together: Any,
     sums_at: Any,
     last: Any,
     weights_at: Any,
@@ -120,15 +124,16 @@ def _add(
 ) -> Any:
     """sums [Q, dim], float32 += weights [Q, values] times values [values, dim].
 
-    Q is as many as fit into `most` vectors, or 1. Constants are `dim`, a multiple of 16, and `most`; int64, addresses
-    and strides in bytes. In the place of queries past number `last` that one is computed again. Meanwhile as many
-    values from `ahead_at` on are asked for.
+    Q is `together`, or as many as there are registers for if that is 0. Constants are `dim`, a multiple of 16, and
+    `together`; int64, addresses and strides in bytes. In the place of queries past number `last` that one is computed
+    again. Meanwhile as many values from `ahead_at` on are asked for.
     """
-    size, held = dim.literal_value, most.literal_value
+    size = dim.literal_value
+    count = together.literal_value or max(16 * _SUMS // size, 1)
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, _, sums_at, last, weights_at, weights_stride, value_at, value_stride, values, ahead_at = arguments
-        queries, vectors = range(max(16 * held // size, 1)), range(size // 16)
+        queries, vectors = range(count), range(size // 16)
         row_of = [at_most(builder, query, last) for query in queries]
         rows = [builder.add(sums_at, builder.mul(INT64(4 * size), row)) for row in row_of]
         weights = [builder.add(weights_at, builder.mul(weights_stride, row)) for row in row_of]
@@ -148,7 +153,7 @@ def _add(
             store(builder, builder.load(sums[place]), at, 4)
         return context.get_dummy_value()
 
-    return types.void(dim, most, *[types.int64] * 8), build
+    return types.void(dim, together, *[types.int64] * 8), build
 
 
 def _pairs(builder: Any, at: Any, count: int) -> list[Any]:

@@ -1,6 +1,11 @@
-"""Vectors of a CPU with AVX512_BF16, in what LLVM is told: 16 sums of float32, 32 numbers of bfloat16."""
+"""Vectors of a CPU with AVX512_BF16, in what LLVM is told: 16 sums of float32, 32 numbers of bfloat16.
+
+Where a CPU has no products of bfloat16, numbers are widened in registers, the lower and the upper of each lane; where
+it has no vectors of that width, LLVM makes two of one.
+"""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from llvmlite import binding, ir
@@ -30,10 +35,15 @@ _WORDS, _SHORTS, _HALF = ir.VectorType(_INT32, 16), ir.VectorType(_INT16, 16), i
 
 def cpu_has_them() -> bool:
     """Whether numba compiles for a CPU that has the instructions, and not AMX, for which oneDNN knows a better way."""
+    return cpu_has("avx512bf16") and not cpu_has("amx-bf16")
+
+
+@cache
+def cpu_has(feature: str) -> bool:
+    """Whether numba compiles for a CPU that has what LLVM calls by this name."""
     if config.CPU_NAME or config.CPU_FEATURES:  # NUMBA_CPU_NAME: for another one
         return False
-    features = binding.get_host_cpu_features()
-    return bool(features.get("avx512bf16")) and not features.get("amx-bf16")
+    return bool(binding.get_host_cpu_features().get(feature))
 
 
 def load(builder: Any, at: Any, kind: Any, align: int) -> Any:
@@ -62,9 +72,23 @@ def float_in_every_lane(builder: Any, at: Any) -> Any:
 
 
 def dot(builder: Any, sums: Any, x: Any, w: Any) -> Any:
-    """sums plus the products of 32 numbers, two neighbours to a lane: `vdpbf16ps`."""
-    kind = ir.FunctionType(SUMS, [SUMS, PAIRS, PAIRS])
-    return builder.call(_function(builder, kind, "llvm.x86.avx512bf16.dpbf16ps.512"), [sums, x, w])
+    """sums plus the products of 32 numbers, two neighbours to a lane: `vdpbf16ps`, where there is such a thing."""
+    if cpu_has("avx512bf16"):
+        kind = ir.FunctionType(SUMS, [SUMS, PAIRS, PAIRS])
+        return builder.call(_function(builder, kind, "llvm.x86.avx512bf16.dpbf16ps.512"), [sums, x, w])
+    sums = multiply_add(builder, _lower(builder, x), _lower(builder, w), sums)
+    return multiply_add(builder, _upper(builder, x), _upper(builder, w), sums)
+
+
+def _lower(builder: Any, pairs: Any) -> Any:
+    """Of each lane's two numbers of bfloat16 the first, as float32: its bits are the upper half of that."""
+    words = builder.bitcast(pairs, _WORDS)
+    return builder.bitcast(builder.shl(words, _in_all_words(16)), SUMS)
+
+
+def _upper(builder: Any, pairs: Any) -> Any:
+    words = builder.bitcast(pairs, _WORDS)
+    return builder.bitcast(builder.and_(words, _in_all_words(0xFFFF0000)), SUMS)
 
 
 def multiply_add(builder: Any, x: Any, y: Any, sums: Any) -> Any:
@@ -110,11 +134,11 @@ def scaled(builder: Any, sums: Any, factor: Any) -> Any:
 def load_widened(builder: Any, at: Any) -> Any:
     """16 numbers of bfloat16 as float32."""
     words = builder.zext(load(builder, at, _SHORTS, 2), _WORDS)
-    return builder.bitcast(builder.shl(words, ir.Constant(_WORDS, [16] * 16)), SUMS)
+    return builder.bitcast(builder.shl(words, _in_all_words(16)), SUMS)
 
 
 def store_narrowed(builder: Any, sums: Any, at: Any) -> None:
-    """Rounds to bfloat16, to nearest even."""
+    """Rounds to bfloat16, to nearest even, on a CPU with AVX512_BF16."""
     kind = ir.FunctionType(_HALF, [SUMS])
     rounded = builder.call(_function(builder, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512"), [sums])
     store(builder, rounded, at, 2)
@@ -129,6 +153,10 @@ def _splat(builder: Any, value: Any, kind: Any) -> Any:
     anything = ir.Constant(kind, ir.Undefined)
     first = builder.insert_element(anything, value, _INT32(0))
     return builder.shuffle_vector(first, anything, ir.Constant(_WORDS, [0] * 16))
+
+
+def _in_all_words(number: int) -> ir.Constant:
+    return ir.Constant(_WORDS, [number] * 16)
 
 
 def _function(builder: Any, kind: Any, name: str) -> Any:
