@@ -112,11 +112,11 @@ def copy_bandwidth(device: str) -> float:
 
 
 def read_bandwidth(device: str) -> float:
-    """Bytes per second of a large product with a vector, which only reads; the better median of two."""
+    """Bytes per second of a large product with a vector, or of a sum, which only read; the best median."""
     dtype = peer_dtype(device)
     source = torch.ones(16, or_toy(2**24, 2**12), dtype=dtype, device=device)
     vector = torch.ones(source.shape[1], 1, dtype=dtype, device=device)
-    return source.nbytes / min(median_seconds(lambda: source @ vector, 13) for _ in range(2))
+    return source.nbytes / min(median_seconds(work, 13) for work in (lambda: source @ vector, source.sum) * 2)
 
 
 def matmul_rate(dtype: torch.dtype, device: str) -> float:
@@ -157,8 +157,12 @@ def _cpu_name() -> str:
         return platform.processor()
     fields = {key.strip(): value.strip() for key, value in lines.items()}
     flags = set(fields.get("flags", "").split())
-    lacks = ["without AVX-512"] if "avx2" in flags and "avx512f" not in flags else []
+    lacks = [] if "avx512_bf16" in flags or "avx2" not in flags else [f"without {_missing(flags)}"]
     return " ".join([fields.get("model name", "?"), *sorted(named & flags), *lacks])
+
+
+def _missing(flags: set[str]) -> str:
+    return "AVX512_BF16" if "avx512f" in flags else "AVX-512"
 
 
 def _git(*arguments: str) -> str:

@@ -51,6 +51,7 @@ class Vllm:
     def __init__(self, folder: Path, lora: bool, dtype: str) -> None:
         # vLLM looks at models in a process of its own, where transformers would take a folder of ours, or a script, for
         # the package `kernels`.
+        folder = folder.resolve()
         os.environ.pop("PYTHONPATH", None)
         os.chdir(folder)
 

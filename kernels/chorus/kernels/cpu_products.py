@@ -7,7 +7,7 @@ import torch
 
 @cache
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """`dtype`, but float32 for bfloat16 where oneDNN does not multiply it, as it does not without AVX-512.
+    """`dtype`, but float32 for bfloat16 where oneDNN refuses it, as it does on AVX2 alone.
 
     torch has loops of its own then, which take 6 times as long as float32 (512 rows of 1024 x 1024, AVX2, 2 cores).
     """

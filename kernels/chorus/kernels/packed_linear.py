@@ -6,8 +6,8 @@ oneDNN does not read at the machine's bandwidth; from 64 rows on both compute at
 where the machine lacks AVX512_BF16, has AMX, for which oneDNN's loop is the better one, or where oneDNN has laid the
 weight otherwise.
 
-Where it does not, which is where AVX-512 is missing, any number of rows is a kernel's of our own, which widens weights
-in registers (`native.widened_linear`).
+Where oneDNN refuses the dtype, as it does on AVX2 alone, any number of rows is a kernel's of our own, which widens
+weights in registers (`native.widened_linear`).
 """
 
 from typing import Protocol
@@ -102,7 +102,7 @@ class _Widened:
 
     def linear(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         y = x.new_empty((*x.shape[:-1], self._n))
-        if x.numel():
+        if y.numel():
             self._multiply(_rows(y), _rows(x), self._packed, bias, None if residual is None else _rows(residual))
         return y
 

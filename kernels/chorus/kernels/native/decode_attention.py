@@ -27,7 +27,7 @@ from chorus.kernels.attention_plan import FEW_KEYS
 from chorus.kernels.native.numbers import HELD_AS, INLINE, exp, float_of, narrow, pointer, take_ticket, wide
 from chorus.kernels.native.page_tiles import KEYS, add_page, fetch, score_page
 from chorus.kernels.native.team import EDITION, Compiled
-from chorus.kernels.native.vectors import cpu_has
+from chorus.kernels.native.vectors import cpu_has, cpu_has_them
 from chorus.kernels.row_lists import RowLists
 
 _FEW_KEYS_ALONE = 1 << 18
@@ -113,7 +113,7 @@ def few_keys(query: Tensor, k_cache: Tensor, *, capped: bool) -> int:
     2.6; 1024 of 1024 36, 27.
     """
     in_tiles = _runs_in_tiles(HELD_AS[query.dtype], query.shape[2], k_cache.shape[2])
-    if capped or not in_tiles or not cpu_has("avx512bf16"):
+    if capped or not in_tiles or not cpu_has_them():
         return FEW_KEYS
     return _FEW_KEYS_ALONE if query.shape[1] < _QUERIES_TOGETHER * k_cache.shape[1] else sys.maxsize
 

@@ -83,5 +83,6 @@ def _in_every_lane(builder: Any, at: Any) -> Any:
 
 
 def _multiply_add(builder: Any, x: Any, y: Any, sums: Any) -> Any:
+    """Fused where the CPU has such an instruction."""
     kind = ir.FunctionType(_EIGHT, [_EIGHT, _EIGHT, _EIGHT])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.v8f32"), [x, y, sums])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fmuladd.v8f32"), [x, y, sums])

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -140,3 +140,11 @@ def exp(x):
     p = p * f + np.float32(5.0000001201e-1)
     p = p * f * f + f + np.float32(1.0)
     return p * float_of(numba.uint32((numba.int32(n) + numba.int32(127)) << numba.int32(23)))
+
+
+@numba.njit(**OPTIONS)
+def add_numbers(sums, at, dtype):
+    """Adds to float32 sums the numbers at an address, of a held dtype."""
+    numbers = carray(pointer(at), (len(sums),), dtype)
+    for j in range(len(sums)):
+        sums[j] += wide(numbers[j])

@@ -22,7 +22,7 @@ from numba import carray
 from torch import Tensor
 
 from chorus.kernels.native.dot_tile import COLUMNS, PANEL, ROWS, dot_tile
-from chorus.kernels.native.numbers import OPTIONS, narrow, pointer, take_ticket, wide
+from chorus.kernels.native.numbers import OPTIONS, add_numbers, narrow, pointer, take_ticket
 from chorus.kernels.native.team import EDITION, Compiled
 from chorus.kernels.native.vectors import cpu_has_them
 
@@ -94,9 +94,9 @@ def _kernel() -> Compiled:
             for row in range(rows):
                 part = sums[row]
                 if bias_at:
-                    _add(part, bias_at + 2 * first, columns)
+                    add_numbers(part[:columns], bias_at + 2 * first, np.uint16)
                 if residual_at:
-                    _add(part, residual_at + 2 * (row * residual_stride + first), columns)
+                    add_numbers(part[:columns], residual_at + 2 * (row * residual_stride + first), np.uint16)
                 y = carray(pointer(y_at + 2 * (row * y_stride + first)), (columns,), np.uint16)
                 for j in range(columns):
                     y[j] = narrow(part[j], y[j])
@@ -126,10 +126,3 @@ def _multiply(sums, x_at, x_stride, w_at, rows, pairs, after):
                     ahead,
                 )
                 ahead_at += ahead * length
-
-
-@numba.njit(**OPTIONS)
-def _add(part, at, columns):
-    numbers = carray(pointer(at), (columns,), np.uint16)
-    for j in range(columns):
-        part[j] += wide(numbers[j])

@@ -39,7 +39,7 @@ from chorus.kernels.native.vectors import (
 
 KEYS = 16
 _ASKED = 64 * KEYS  # bytes that `_score` asks for
-_SUMS = 16 if cpu_has("avx512f") else 4  # vectors of them at a time: half of the registers
+_SUMS = 16 if cpu_has("avx512f") else 4  # vectors of them at a time: half of the registers, of heads up to 64 wide
 
 
 @numba.njit(**INLINE)

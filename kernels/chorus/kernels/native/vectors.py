@@ -1,4 +1,4 @@
-"""Vectors of a CPU with AVX512_BF16, in what LLVM is told: 16 sums of float32, 32 numbers of bfloat16.
+"""Vectors of a CPU in what LLVM is told: 16 sums of float32, 32 numbers of bfloat16, as AVX512_BF16 has them.
 
 Where a CPU has no products of bfloat16, numbers are widened in registers, the lower and the upper of each lane; where
 it has no vectors of that width, LLVM makes two of one.
@@ -41,7 +41,7 @@ def cpu_has_them() -> bool:
 @cache
 def cpu_has(feature: str) -> bool:
     """Whether numba compiles for a CPU that has what LLVM calls by this name."""
-    if config.CPU_NAME or config.CPU_FEATURES:  # NUMBA_CPU_NAME: for another one
+    if config.CPU_NAME or config.CPU_FEATURES or not config.ENABLE_AVX:  # for another one, or for less of it
         return False
     return bool(binding.get_host_cpu_features().get(feature))
 
@@ -76,17 +76,17 @@ def dot(builder: Any, sums: Any, x: Any, w: Any) -> Any:
     if cpu_has("avx512bf16"):
         kind = ir.FunctionType(SUMS, [SUMS, PAIRS, PAIRS])
         return builder.call(_function(builder, kind, "llvm.x86.avx512bf16.dpbf16ps.512"), [sums, x, w])
-    sums = multiply_add(builder, _lower(builder, x), _lower(builder, w), sums)
-    return multiply_add(builder, _upper(builder, x), _upper(builder, w), sums)
+    sums = multiply_add(builder, lower(builder, x), lower(builder, w), sums)
+    return multiply_add(builder, upper(builder, x), upper(builder, w), sums)
 
 
-def _lower(builder: Any, pairs: Any) -> Any:
+def lower(builder: Any, pairs: Any) -> Any:
     """Of each lane's two numbers of bfloat16 the first, as float32: its bits are the upper half of that."""
     words = builder.bitcast(pairs, _WORDS)
     return builder.bitcast(builder.shl(words, _in_all_words(16)), SUMS)
 
 
-def _upper(builder: Any, pairs: Any) -> Any:
+def upper(builder: Any, pairs: Any) -> Any:
     words = builder.bitcast(pairs, _WORDS)
     return builder.bitcast(builder.and_(words, _in_all_words(0xFFFF0000)), SUMS)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from chorus.kernels.native.dot_tile import PANEL
 from chorus.kernels.native.fma_tile import COLUMNS, ROWS, fma_tile
-from chorus.kernels.native.numbers import OPTIONS, narrow, pointer, take_ticket, wide
+from chorus.kernels.native.numbers import OPTIONS, add_numbers, narrow, pointer, take_ticket, wide
 from chorus.kernels.native.team import EDITION, Compiled
 
 MOST_ROWS = 8 * ROWS
@@ -36,13 +36,19 @@ _SHORT = 1 << 25  # products: 0.4 ms
 def packed(weight: Tensor) -> Tensor:
     """W [N, K], bfloat16, as the kernel reads it: [ceil(N / 64), ceil(K / 2), 64, 2], zeros past N and K."""
     n, k = weight.shape
-    panels = F.pad(weight, (0, k % 2, 0, -n % PANEL)).view(-1, PANEL, (k + 1) // 2, 2).transpose(1, 2)
-    return torch.empty(panels.shape, dtype=weight.dtype).copy_(panels)  # of its own, and so aligned
+    if k % 2 or weight.storage_offset() % 2:
+        weight = F.pad(weight, (0, k % 2))
+    pairs, whole = weight.flatten().view(torch.int32).view(n, (k + 1) // 2), n // PANEL
+    laid = torch.zeros(-(-n // PANEL), pairs.shape[1], PANEL, dtype=torch.int32)
+    laid[:whole] = pairs[: whole * PANEL].view(whole, PANEL, pairs.shape[1]).transpose(1, 2)
+    if n % PANEL:
+        laid[whole, :, : n % PANEL] = pairs[whole * PANEL :].T
+    return laid.view(torch.bfloat16).view(*laid.shape, 2)
 
 
 def unpacked(weight: Tensor, n: int, k: int) -> Tensor:
-    """W [N, K] again."""
-    return weight.transpose(1, 2).reshape(-1, 2 * weight.shape[1])[:n, :k]
+    """W [N, K] again, a copy."""
+    return weight.transpose(1, 2).reshape(-1, 2 * weight.shape[1])[:n, :k].clone()
 
 
 def widened_linear(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
@@ -91,9 +97,9 @@ def _kernel() -> Compiled:
             for row in range(rows):
                 part, at = sums[row], begin + row
                 if bias_at:
-                    _add(part, bias_at + 2 * first, columns)
+                    add_numbers(part[:columns], bias_at + 2 * first, np.uint16)
                 if residual_at:
-                    _add(part, residual_at + 2 * (at * residual_stride + first), columns)
+                    add_numbers(part[:columns], residual_at + 2 * (at * residual_stride + first), np.uint16)
                 y = carray(pointer(y_at + 2 * (at * y_stride + first)), (columns,), np.uint16)
                 for j in range(columns):
                     y[j] = narrow(part[j], y[j])
@@ -147,10 +153,3 @@ def _widen(into, at, numbers, count):
         into[j] = wide(narrowed[j])
     for j in range(numbers, count):
         into[j] = np.float32(0)
-
-
-@numba.njit(**OPTIONS)
-def _add(part, at, columns):
-    numbers = carray(pointer(at), (columns,), np.uint16)
-    for j in range(columns):
-        part[j] += wide(numbers[j])
