@@ -22,7 +22,7 @@ from common import SHAPE_144M, peer_dtype
 
 ROWS, RANK = 16, 16
 LAYERS = SHAPE_144M["num_hidden_layers"]
-HEADS, KV_HEADS, DIM, BLOCK = 16, 4, 64, 32
+HEADS, KV_HEADS, DIM, BLOCK = 16, 4, 64, 16
 # What a pass reads at least, where inputs are copied to get there: five times an H200's 50 MB of L2.
 PASS_BYTES = 2**28
 

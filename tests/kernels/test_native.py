@@ -14,7 +14,7 @@ import torch
 
 from chorus.kernels import AttentionPlan, AttentionRow, paged_attention
 from chorus.kernels.dispatch import NATIVE_DTYPES
-from chorus.kernels.native import team
+from chorus.kernels.native import rank_tiles, team
 from chorus.kernels.native.numbers import HELD_AS, OPTIONS, exp, narrow, wide
 
 
@@ -69,6 +69,35 @@ def test_numbers_are_rounded_as_torch_does(dtype: torch.dtype) -> None:
     out = torch.empty(len(values), dtype=dtype)
     narrowed(values.numpy(), held(out))
     torch.testing.assert_close(out, values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def row_widened(numbers: np.ndarray, sums: np.ndarray) -> None:
+    rank_tiles.widen_row(sums.ctypes.data, numbers.ctypes.data, len(sums) // rank_tiles.ROW_COLUMNS)
+
+
+@numba.njit(**OPTIONS)  # type: ignore[untyped-decorator]
+def row_narrowed(sums: np.ndarray, out: np.ndarray) -> None:
+    rank_tiles.narrow_row(sums.ctypes.data, out.ctypes.data, len(sums) // rank_tiles.ROW_COLUMNS)
+
+
+def test_vectors_widen_and_round_as_torch_does() -> None:
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    numbers = numbers[numbers.isnan() | (numbers == 0) | (numbers.abs() >= 2.0**-126)]  # the rest may become 0
+    numbers = numbers[: len(numbers) // rank_tiles.ROW_COLUMNS * rank_tiles.ROW_COLUMNS].contiguous()
+    sums, out = torch.empty(len(numbers)), torch.empty_like(numbers)
+    row_widened(held(numbers), sums.numpy())
+    assert torch.equal(sums.sort().values.nan_to_num(7), numbers.float().sort().values.nan_to_num(7))
+    row_narrowed(sums.numpy(), held(out))
+    torch.testing.assert_close(out, numbers, rtol=0, atol=0, equal_nan=True)
+    shift = torch.randint(-0x8000, 0x8001, (len(numbers),), generator=torch.Generator().manual_seed(0))
+    between = (sums.view(torch.int32) + shift.to(torch.int32)).view(torch.float32)  # ties among them
+    between[:64] = sums[:64] * (1 + 2.0**-8)
+    between = torch.where(between.abs() >= 2.0**-126, between, 1.0)
+    row_narrowed(between.numpy(), held(out))
+    # In the order of sums: what it is, the numbers themselves tell.
+    row_widened(held(out), sums.numpy())
+    torch.testing.assert_close(sums, between.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_exp_is_within_two_units_of_the_last_place() -> None:

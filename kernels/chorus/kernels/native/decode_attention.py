@@ -25,7 +25,7 @@ from torch import Tensor
 
 from chorus.kernels.attention_plan import FEW_KEYS
 from chorus.kernels.native.numbers import HELD_AS, INLINE, exp, float_of, narrow, pointer, take_ticket, wide
-from chorus.kernels.native.page_tiles import KEYS, add_page, fetch, score_page
+from chorus.kernels.native.page_tiles import KEYS, add_page, fetch, highest, score_page, write_rows
 from chorus.kernels.native.team import EDITION, Compiled
 from chorus.kernels.native.vectors import cpu_has, cpu_has_them
 from chorus.kernels.row_lists import RowLists
@@ -150,19 +150,15 @@ def _kernel(held: type, dim: int, block: int) -> Compiled:
             if item >= rows * kv_heads:
                 break
             row, head = rows - 1 - item // kv_heads, item % kv_heads  # a chunk's last tokens see most: those first
-            context = numba.int64(contexts[row])
-            begin = max(context - window, 0) if window > 0 else 0
-            first_page, pages = begin // block, (context + block - 1) // block - begin // block
-            skipped, seen = begin - first_page * block, context - begin  # of the first page's keys; keys that count
+            first_page, pages, skipped, seen = _span(numba.int64(contexts[row]), window, block)
             table = carray(pointer(table_at + 4 * (1 + 3 * rows + firsts[row] + first_page)), (pages,), np.int32)
-            own, keys, values = query_at + places[row] * query_row, k_at + head * head_stride, v_at + head * head_stride
-            own += head * group * query_head
+            keys, values = k_at + head * head_stride, v_at + head * head_stride
+            own = query_at + places[row] * query_row + head * group * query_head
             _widen(asked, own, query_head, 0 if tiled else group, dim, held, scale)
             for p in range(min(AHEAD, pages)):
                 fetch(_page_at(table, p, keys, values, page_stride), block * stride)
             for p in range(pages):
-                at = _page_at(table, p, keys, values, page_stride)
-                ahead_at = _page_at(table, p + AHEAD, keys, values, page_stride)
+                at, ahead_at = _two_pages(table, p, keys, values, page_stride)
                 if tiled:
                     score_page(dim, scores[:, p * block :], own, query_head, at, stride, scale, ahead_at)
                 else:
@@ -172,8 +168,7 @@ def _kernel(held: type, dim: int, block: int) -> Compiled:
             _weigh(totals, scores[:, skipped : skipped + seen], cap, bias[group * head : group * (head + 1)])
             sums[:] = np.float32(0)
             for p in range(pages):
-                at = _page_at(table, pages + p, keys, values, page_stride)
-                ahead_at = _page_at(table, pages + p + AHEAD, keys, values, page_stride)
+                at, ahead_at = _two_pages(table, pages + p, keys, values, page_stride)
                 low, high = max(skipped - p * block, 0), min(skipped + seen - p * block, block)
                 if tiled:
                     weights = scores[:, p * block + low : p * block + high]
@@ -182,17 +177,37 @@ def _kernel(held: type, dim: int, block: int) -> Compiled:
                     fetch(ahead_at, block * stride)
                     _widen(page, at, stride, high, dim, held, np.float32(1))
                     _add_values(sums, scores, p * block, page, low, high)
-            own_out = size * (places[row] * kv_heads + head) * group * dim
-            _write(carray(pointer(out_at + own_out), (group, dim), held), sums, totals)
+            own = out_at + size * (places[row] * kv_heads + head) * group * dim
+            if tiled:
+                write_rows(dim, own, sums, totals)
+            else:
+                _write(carray(pointer(own), (group, dim), held), sums, totals)
 
     return Compiled(decode_attention)
+
+
+@numba.njit(**INLINE)
+def _span(context, window, block):
+    """Of a row's pages the first that it sees, and how many; of the first one's keys how many count for nothing; how
+    many do in all."""
+    begin = max(context - window, 0) if window > 0 else 0
+    first_page = begin // block
+    return first_page, (context + block - 1) // block - first_page, begin - first_page * block, context - begin
+
+
+@numba.njit(**INLINE)
+def _two_pages(table, i, keys, values, stride):
+    """Where page i of a row lies, and the one to fetch meanwhile."""
+    return _page_at(table, i, keys, values, stride), _page_at(table, i + AHEAD, keys, values, stride)
 
 
 @numba.njit(**INLINE)
 def _page_at(table, i, keys, values, stride):
     """Where page i of a row lies, keys' first, then values'; of what is past those the last one."""
     pages = len(table)
-    return (keys if i < pages else values) + stride * table[min(i, 2 * pages - 1) % pages]
+    if i < pages:
+        return keys + stride * table[i]
+    return values + stride * table[min(i - pages, pages - 1)]
 
 
 @numba.njit(**INLINE)
@@ -229,11 +244,9 @@ def _weigh(totals, scores, cap, bias):
         if bias.size:
             for j in range(seen):
                 part[j] += bias[g, max(furthest + j + 1 - seen, 0)]
-        highest, total = np.float32(-np.inf), np.float32(0)
+        most, total = highest(part), np.float32(0)
         for j in range(seen):
-            highest = max(highest, part[j])
-        for j in range(seen):
-            weight = exp(part[j] - highest)
+            weight = exp(part[j] - most)
             part[j] = weight
             total += weight
         totals[g] = total

@@ -24,7 +24,8 @@ OPTIONS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "
 INLINE = OPTIONS | {"inline": "always"}
 """Of a kernel's functions, which are written out where they are called."""
 
-_QUIET_NAN = 0x7FC0
+QUIET_NAN = 0x7FC0
+"""Of bfloat16, its bits."""
 
 
 @intrinsic
@@ -67,7 +68,7 @@ def narrow(typing: Any, value: Any, like: Any) -> Any:
         odd = builder.and_(builder.lshr(bits, word(16)), word(1))
         rounded = builder.lshr(builder.add(builder.add(bits, odd), word(0x7FFF)), word(16))
         is_nan = builder.fcmp_unordered("uno", value, value)
-        return builder.trunc(builder.select(is_nan, word(_QUIET_NAN), rounded), ir.IntType(16))
+        return builder.trunc(builder.select(is_nan, word(QUIET_NAN), rounded), ir.IntType(16))
 
     return like(types.float32, like), build
 

@@ -1,8 +1,7 @@
 """The innermost loops of decode attention in bfloat16, in registers: a page of 16 keys, or of 16 values.
 
-    score_page    keys times a query                    16 sums, turned into one vector of 16 scores
-    add_page      values times their weights            16 sums of 16 numbers, of as many queries as that holds;
-                                                        4 where registers are half as wide, and half as many
+    score_page    keys times queries        `LANES` sums, of some keys times one query or two; then a vector of scores
+    add_page      values times weights      `_SUMS` sums, of some numbers of the values for up to four queries
 
 Keys are multiplied as they lie, two neighbours to a lane (`dot`). Values are widened in registers, once for all
 queries of a tile; their weights stay float32.
@@ -10,10 +9,12 @@ queries of a tile; their weights stay float32.
 # numba compiles what it sees, whatever the types say.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+import math
 from itertools import product
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -22,24 +23,29 @@ from numba.extending import intrinsic
 from chorus.kernels.native.numbers import INLINE, ask_for, prefetch
 from chorus.kernels.native.vectors import (
     INT64,
-    PAIRS,
+    LANES,
     SUMS,
     at_most,
     cpu_has,
     dot,
     float_in_every_lane,
+    higher,
+    highest_lane,
     load,
-    load_half,
+    load_pairs,
     load_widened,
     multiply_add,
     scaled,
+    some_lanes,
     store,
+    store_narrowed,
     sums_of_lanes,
 )
 
 KEYS = 16
-_ASKED = 64 * KEYS  # bytes that `_score` asks for
-_SUMS = 16 if cpu_has("avx512f") else 4  # vectors of them at a time: half of the registers, of heads up to 64 wide
+_QUERIES = 16 // LANES  # that share keys in registers: of half the width one has the keys that two would have
+_SUMS = 16 if cpu_has("avx512f") else 8  # half of the registers
+_TOGETHER = 4  # queries that share values in registers, at most
 
 
 @numba.njit(**INLINE)
@@ -48,29 +54,40 @@ def score_page(dim, scores, query_at, query_stride, keys_at, stride, scale, ahea
 
     `dim`, a constant, is a multiple of 16; addresses and strides in bytes. Meanwhile a page at `ahead_at` is fetched.
     """
-    size = KEYS * stride
-    for g in range(len(scores)):
-        ahead = ahead_at + min(_ASKED * g, size - _ASKED)
-        _score(dim, query_at + g * query_stride, keys_at, stride, scale, scores[g].ctypes.data, ahead)
-    fetch(ahead_at + _ASKED * len(scores), size - _ASKED * len(scores))
+    size, row, each = KEYS * stride, scores.strides[0], 64 * KEYS * _lines(dim)
+    for g in range(0, len(scores), _QUERIES):
+        at, scores_at = query_at + g * query_stride, scores[g].ctypes.data
+        ahead = ahead_at + min(each * (g // _QUERIES), size - each)
+        if _QUERIES == 2 and g + 1 < len(scores):
+            _score(dim, 2, at, query_stride, keys_at, stride, scale, scores_at, row, ahead)
+        else:
+            _score(dim, 1, at, query_stride, keys_at, stride, scale, scores_at, row, ahead)
+    asked = each * ((len(scores) + _QUERIES - 1) // _QUERIES)
+    fetch(ahead_at + asked, size - asked)
 
 
 @numba.njit(**INLINE)
 def add_page(dim, sums, weights, values_at, stride, ahead_at):
-    """sums [G, dim], float32 += weights [G, n] times values [n, dim].
+    """sums [G, dim], float32 += weights [G, n] times values [n, dim]; sums in an order of their own.
 
     As above; as many values at `ahead_at` are fetched.
     """
-    together = max(16 * _SUMS // dim, 1)
-    for g in range(0, len(sums), together):
-        sums_at, weights_at, row = sums[g].ctypes.data, weights[g].ctypes.data, weights.strides[0]
-        last, values = len(sums) - 1 - g, weights.shape[1]
+    row, values = weights.strides[0], weights.shape[1]
+    for g in range(0, len(sums), _TOGETHER):
+        sums_at, weights_at, last = sums[g].ctypes.data, weights[g].ctypes.data, len(sums) - 1 - g
         if last == 0:
             _add(dim, 1, sums_at, last, weights_at, row, values_at, stride, values, ahead_at)
-        elif last == 1 and together > 1:
+        elif last == 1:
             _add(dim, 2, sums_at, last, weights_at, row, values_at, stride, values, ahead_at)
         else:
-            _add(dim, 0, sums_at, last, weights_at, row, values_at, stride, values, ahead_at)
+            _add(dim, _TOGETHER, sums_at, last, weights_at, row, values_at, stride, values, ahead_at)
+
+
+@numba.njit(**INLINE)
+def write_rows(dim, out_at, sums, totals):
+    """out [G, dim], bfloat16 = what `add_page` has summed, over totals [G]."""
+    for g in range(len(sums)):
+        _write(dim, out_at + 2 * dim * g, sums[g].ctypes.data, np.float32(1) / totals[g])
 
 
 @numba.njit(**INLINE)
@@ -80,32 +97,72 @@ def fetch(at, count):
         prefetch(at + j)
 
 
+@numba.njit(**INLINE)
+def highest(numbers):
+    """The highest of some float32; of NaN any."""
+    whole = len(numbers) // LANES
+    found = _highest(numbers.ctypes.data, whole)
+    for j in range(whole * LANES, len(numbers)):
+        found = max(found, numbers[j])
+    return found
+
+
+@numba.njit(**INLINE)
+def _lines(dim):
+    """Of 64 bytes that are asked for while a key is multiplied."""
+    return min(_QUERIES, max(dim // 32, 1))
+
+
 @intrinsic(prefer_literal=True)
 def _score(
-    typing: Any, dim: Any, query_at: Any, key_at: Any, key_stride: Any, scale: Any, scores_at: Any, ahead_at: Any
+    typing: Any,
+    dim: Any,
+    together: Any,
+    query_at: Any,
+    query_stride: Any,
+    key_at: Any,
+    key_stride: Any,
+    scale: Any,
+    scores_at: Any,
+    scores_stride: Any,
+    ahead_at: Any,
 ) -> Any:
-    """scores [16], float32 = scale times query [dim] times keys [16, dim].
+    """scores [Q, 16], float32 = scale times queries [Q, dim] times keys [16, dim].
 
-    `dim`, a constant, is a multiple of 16; int64, addresses and the stride in bytes. Meanwhile 1 KiB
-    from `ahead_at` on is asked for.
+    Constants are `dim`, a multiple of 16, and Q, `together`, which divides `LANES`; int64, addresses and strides in
+    bytes. Meanwhile some lines for each key are asked for from `ahead_at` on.
     """
-    size = dim.literal_value
+    size, count, lines = dim.literal_value, together.literal_value, _lines.py_func(dim.literal_value)
+    keys = min(LANES // count, KEYS)
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, query_at, key_at, key_stride, scale, scores_at, ahead_at = arguments
-        query = _pairs(builder, query_at, size)
-        sums = []
-        for key in range(KEYS):
-            at = builder.add(key_at, builder.mul(key_stride, INT64(key)))
-            ask_for(builder, builder.add(ahead_at, INT64(64 * key)))
-            total = ir.Constant(SUMS, [0.0] * 16)
-            for asked, kept in zip(query, _pairs(builder, at, size), strict=True):
-                total = dot(builder, total, asked, kept)
-            sums.append(total)
-        store(builder, scaled(builder, sums_of_lanes(builder, sums), scale), scores_at, 4)
+        _, _, query_at, query_stride, key_at, key_stride, scale, scores_at, scores_stride, ahead_at = arguments
+        queries = [
+            load_pairs(builder, builder.add(query_at, builder.mul(query_stride, INT64(query))), size)
+            for query in range(count)
+        ]
+        with cgutils.for_range(builder, INT64(KEYS // keys)) as loop:
+            first = builder.mul(INT64(keys), loop.index)
+            kept = []
+            for key in range(keys):
+                number = builder.add(first, INT64(key))
+                for line in range(lines):
+                    offset = builder.add(builder.mul(INT64(64 * lines), number), INT64(64 * line))
+                    ask_for(builder, builder.add(ahead_at, offset))
+                kept.append(load_pairs(builder, builder.add(key_at, builder.mul(key_stride, number)), size))
+            places = list(product(range(count), range(keys)))
+            sums = dict.fromkeys(places, ir.Constant(SUMS, [0.0] * LANES))
+            for i in range(len(kept[0])):
+                for query, key in places:
+                    sums[query, key] = dot(builder, sums[query, key], queries[query][i], kept[key][i])
+            scores = scaled(builder, sums_of_lanes(builder, list(sums.values())), scale)
+            for query in range(count):
+                at = builder.add(scores_at, builder.mul(scores_stride, INT64(query)))
+                at = builder.add(at, builder.mul(INT64(4), first))
+                store(builder, some_lanes(builder, scores, keys * query, keys), at, 4)
         return context.get_dummy_value()
 
-    return types.void(dim, types.int64, types.int64, types.int64, types.float32, types.int64, types.int64), build
+    return types.void(dim, together, *[types.int64] * 4, types.float32, *[types.int64] * 3), build
 
 
 @intrinsic(prefer_literal=True)
@@ -124,39 +181,66 @@ def _add(
 ) -> Any:
     """sums [Q, dim], float32 += weights [Q, values] times values [values, dim].
 
-    Q is `together`, or as many as there are registers for if that is 0. Constants are `dim`, a multiple of 16, and
-    `together`; int64, addresses and strides in bytes. In the place of queries past number `last` that one is computed
-    again. Meanwhile as many values from `ahead_at` on are asked for.
+    Constants are `dim`, a multiple of 16, and Q, `together`; int64, addresses and strides in bytes. In the place of
+    queries past number `last` that one is computed again. Meanwhile as many values from `ahead_at` on are asked for.
     """
-    size = dim.literal_value
-    count = together.literal_value or max(16 * _SUMS // size, 1)
+    size, queries = dim.literal_value, range(together.literal_value)
+    width = _SUMS // len(queries)
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, _, sums_at, last, weights_at, weights_stride, value_at, value_stride, values, ahead_at = arguments
-        queries, vectors = range(count), range(size // 16)
         row_of = [at_most(builder, query, last) for query in queries]
         rows = [builder.add(sums_at, builder.mul(INT64(4 * size), row)) for row in row_of]
         weights = [builder.add(weights_at, builder.mul(weights_stride, row)) for row in row_of]
-        places = {(q, v): builder.add(rows[q], INT64(64 * v)) for q, v in product(queries, vectors)}
-        sums = {place: cgutils.alloca_once_value(builder, load(builder, at, SUMS, 4)) for place, at in places.items()}
-        with cgutils.for_range(builder, values) as loop:
-            offset = builder.mul(value_stride, loop.index)
-            for line in range((size + 31) // 32):
-                ask_for(builder, builder.add(builder.add(ahead_at, offset), INT64(64 * line)))
-            at = builder.add(value_at, offset)
-            value = [load_widened(builder, builder.add(at, INT64(32 * v))) for v in vectors]
-            for q in queries:
-                weight = float_in_every_lane(builder, builder.add(weights[q], builder.mul(INT64(4), loop.index)))
+        for low in range(0, size // LANES, width):
+            vectors = range(low, min(low + width, size // LANES))
+            places = {(q, v): builder.add(rows[q], INT64(4 * LANES * v)) for q, v in product(queries, vectors)}
+            sums = {
+                place: cgutils.alloca_once_value(builder, load(builder, at, SUMS, 4)) for place, at in places.items()
+            }
+            with cgutils.for_range(builder, values) as loop:
+                offset = builder.mul(value_stride, loop.index)
                 for v in vectors:
-                    builder.store(multiply_add(builder, weight, value[v], builder.load(sums[q, v])), sums[q, v])
-        for place, at in places.items():
-            store(builder, builder.load(sums[place]), at, 4)
+                    if 2 * LANES * v % 64 == 0:
+                        ask_for(builder, builder.add(builder.add(ahead_at, offset), INT64(2 * LANES * v)))
+                at = builder.add(value_at, offset)
+                value = load_widened(builder, builder.add(at, INT64(2 * LANES * low)), LANES * len(vectors))
+                for q in queries:
+                    weight = float_in_every_lane(builder, builder.add(weights[q], builder.mul(INT64(4), loop.index)))
+                    for v in vectors:
+                        total = multiply_add(builder, weight, value[v - low], builder.load(sums[q, v]))
+                        builder.store(total, sums[q, v])
+            for place, at in places.items():
+                store(builder, builder.load(sums[place]), at, 4)
         return context.get_dummy_value()
 
     return types.void(dim, together, *[types.int64] * 8), build
 
 
-def _pairs(builder: Any, at: Any, count: int) -> list[Any]:
-    """So many numbers of bfloat16, 32 to a vector; the last ends with zeros if 16 are left."""
-    whole = [load(builder, builder.add(at, INT64(64 * i)), PAIRS, 2) for i in range(count // 32)]
-    return whole if count % 32 == 0 else [*whole, load_half(builder, builder.add(at, INT64(2 * (count - 16))))]
+@intrinsic(prefer_literal=True)
+def _write(typing: Any, dim: Any, out_at: Any, sums_at: Any, factor: Any) -> Any:
+    size = dim.literal_value
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, out_at, sums_at, factor = arguments
+        places = [builder.add(sums_at, INT64(4 * LANES * v)) for v in range(size // LANES)]
+        sums = [scaled(builder, load(builder, at, SUMS, 4), factor) for at in places]
+        store_narrowed(builder, sums, out_at)
+        return context.get_dummy_value()
+
+    return types.void(dim, types.int64, types.int64, types.float32), build
+
+
+@intrinsic
+def _highest(typing: Any, at: Any, vectors: Any) -> Any:
+    """The highest number of so many vectors at an address; -inf of none."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at, vectors = arguments
+        found = cgutils.alloca_once_value(builder, ir.Constant(SUMS, [-math.inf] * LANES))
+        with cgutils.for_range(builder, vectors) as loop:
+            numbers = load(builder, builder.add(at, builder.mul(INT64(4 * LANES), loop.index)), SUMS, 4)
+            builder.store(higher(builder, numbers, builder.load(found)), found)
+        return highest_lane(builder, builder.load(found))
+
+    return types.float32(types.int64, types.int64), build

@@ -1,7 +1,6 @@
-"""Vectors of a CPU in what LLVM is told: 16 sums of float32, 32 numbers of bfloat16, as AVX512_BF16 has them.
+"""Vectors of a CPU in what LLVM is told: `LANES` sums of float32, and twice as many numbers of bfloat16.
 
-Where a CPU has no products of bfloat16, numbers are widened in registers, the lower and the upper of each lane; where
-it has no vectors of that width, LLVM makes two of one.
+Where a CPU has no products of bfloat16, numbers are widened in registers, the lower and the upper of each lane.
 """
 
 from collections.abc import Sequence
@@ -10,6 +9,8 @@ from typing import Any
 
 from llvmlite import binding, ir
 from numba.core import cgutils, config
+
+from chorus.kernels.native.numbers import QUIET_NAN
 
 INT64 = ir.IntType(64)
 _INT32, _INT16 = ir.IntType(32), ir.IntType(16)
@@ -28,13 +29,8 @@ class _BFloat(ir.Type):  # type: ignore[misc]
         return hash(_BFloat)
 
 
-SUMS = ir.VectorType(ir.FloatType(), 16)
-PAIRS = ir.VectorType(_BFloat(), 32)
-_WORDS, _SHORTS, _HALF = ir.VectorType(_INT32, 16), ir.VectorType(_INT16, 16), ir.VectorType(_BFloat(), 16)
-
-
 def cpu_has_them() -> bool:
-    """Whether numba compiles for a CPU that has the instructions, and not AMX, for which oneDNN knows a better way."""
+    """Whether numba compiles for a CPU that multiplies bfloat16, and not with AMX, for which oneDNN knows better."""
     return cpu_has("avx512bf16") and not cpu_has("amx-bf16")
 
 
@@ -46,6 +42,14 @@ def cpu_has(feature: str) -> bool:
     return bool(binding.get_host_cpu_features().get(feature))
 
 
+LANES = 16 if cpu_has("avx512f") else 8
+"""Of float32 in a register: there are 32 registers of 16 or 16 of 8. LLVM makes two of one where they are narrower."""
+
+SUMS = ir.VectorType(ir.FloatType(), LANES)
+PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
+_WORDS, _SHORTS, _HALF = ir.VectorType(_INT32, LANES), ir.VectorType(_INT16, LANES), ir.VectorType(_BFloat(), LANES)
+
+
 def load(builder: Any, at: Any, kind: Any, align: int) -> Any:
     return builder.load(builder.inttoptr(at, kind.as_pointer()), align=align)
 
@@ -54,16 +58,23 @@ def store(builder: Any, value: Any, at: Any, align: int) -> None:
     builder.store(value, builder.inttoptr(at, value.type.as_pointer()), align=align)
 
 
-def load_half(builder: Any, at: Any) -> Any:
-    """16 numbers of bfloat16, and 16 zeros."""
+def load_pairs(builder: Any, at: Any, count: int) -> list[Any]:
+    """So many numbers of bfloat16, 2 `LANES` to a vector; the last ends with zeros if half of them are left."""
+    each = 2 * LANES
+    whole = [load(builder, builder.add(at, INT64(2 * each * i)), PAIRS, 2) for i in range(count // each)]
+    return whole if count % each == 0 else [*whole, _load_half(builder, builder.add(at, INT64(2 * (count - LANES))))]
+
+
+def _load_half(builder: Any, at: Any) -> Any:
+    """`LANES` numbers, and as many zeros."""
     numbers = load(builder, at, _SHORTS, 2)
-    zeros = ir.Constant(_SHORTS, [0] * 16)
-    lanes = ir.Constant(ir.VectorType(_INT32, 32), list(range(32)))
+    zeros = ir.Constant(_SHORTS, [0] * LANES)
+    lanes = ir.Constant(ir.VectorType(_INT32, 2 * LANES), list(range(2 * LANES)))
     return builder.bitcast(builder.shuffle_vector(numbers, zeros, lanes), PAIRS)
 
 
 def pair_in_every_lane(builder: Any, at: Any) -> Any:
-    """The two numbers of bfloat16 at an address, 16 times."""
+    """The two numbers of bfloat16 at an address, `LANES` times."""
     return builder.bitcast(_splat(builder, load(builder, at, _INT32, 2), _WORDS), PAIRS)
 
 
@@ -72,7 +83,7 @@ def float_in_every_lane(builder: Any, at: Any) -> Any:
 
 
 def dot(builder: Any, sums: Any, x: Any, w: Any) -> Any:
-    """sums plus the products of 32 numbers, two neighbours to a lane: `vdpbf16ps`, where there is such a thing."""
+    """sums plus the products of numbers, two neighbours to a lane: `vdpbf16ps`, where there is such a thing."""
     if cpu_has("avx512bf16"):
         kind = ir.FunctionType(SUMS, [SUMS, PAIRS, PAIRS])
         return builder.call(_function(builder, kind, "llvm.x86.avx512bf16.dpbf16ps.512"), [sums, x, w])
@@ -92,22 +103,23 @@ def upper(builder: Any, pairs: Any) -> Any:
 
 
 def multiply_add(builder: Any, x: Any, y: Any, sums: Any) -> Any:
+    """Fused where the CPU has such an instruction."""
     kind = ir.FunctionType(SUMS, [SUMS, SUMS, SUMS])
-    return builder.call(_function(builder, kind, "llvm.fma.v16f32"), [x, y, sums])
+    return builder.call(_function(builder, kind, f"llvm.fmuladd.v{LANES}f32"), [x, y, sums])
 
 
 def sum_of_lanes(builder: Any, sums: Any) -> Any:
     kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), SUMS])
-    add = _function(builder, kind, "llvm.vector.reduce.fadd.v16f32")
+    add = _function(builder, kind, f"llvm.vector.reduce.fadd.v{LANES}f32")
     return builder.call(add, [ir.Constant(ir.FloatType(), 0.0), sums], fastmath=("reassoc",))
 
 
 def sums_of_lanes(builder: Any, sums: Sequence[Any]) -> Any:
-    """Of 16 vectors a vector: of each the sum of its lanes.
+    """Of `LANES` vectors a vector: of each the sum of its lanes.
 
     Vectors are added in pairs, halves of one beside halves of the other: 16 of 16 lanes, 8 of 8 lanes each of two, ..
     """
-    width = 8
+    width = LANES // 2
     while width:
         first, second = _halves(width)
         apart = len(sums) // 2
@@ -122,8 +134,26 @@ def sums_of_lanes(builder: Any, sums: Sequence[Any]) -> Any:
 def _halves(width: int) -> tuple[ir.Constant, ir.Constant]:
     """Of two vectors' lanes, in parts of twice the width, a part of one after a part of the other: the first halves of
     all, and the second halves."""
-    firsts = [part + lane for at in range(0, 16, 2 * width) for part in (at, 16 + at) for lane in range(width)]
+    firsts = [part + lane for at in range(0, LANES, 2 * width) for part in (at, LANES + at) for lane in range(width)]
     return ir.Constant(_WORDS, firsts), ir.Constant(_WORDS, [lane + width for lane in firsts])
+
+
+def some_lanes(builder: Any, vector: Any, first: int, count: int) -> Any:
+    """`count` neighbours of its lanes."""
+    if count == LANES:
+        return vector
+    lanes = ir.Constant(ir.VectorType(_INT32, count), list(range(first, first + count)))
+    return builder.shuffle_vector(vector, vector, lanes)
+
+
+def higher(builder: Any, x: Any, y: Any) -> Any:
+    """Of each lane the higher number; of NaN y's."""
+    return builder.select(builder.fcmp_ordered(">", x, y), x, y)
+
+
+def highest_lane(builder: Any, vector: Any) -> Any:
+    kind = ir.FunctionType(ir.FloatType(), [SUMS])
+    return builder.call(_function(builder, kind, f"llvm.vector.reduce.fmax.v{LANES}f32"), [vector])
 
 
 def scaled(builder: Any, sums: Any, factor: Any) -> Any:
@@ -131,17 +161,41 @@ def scaled(builder: Any, sums: Any, factor: Any) -> Any:
     return builder.fmul(sums, _splat(builder, factor, SUMS))
 
 
-def load_widened(builder: Any, at: Any) -> Any:
-    """16 numbers of bfloat16 as float32."""
-    words = builder.zext(load(builder, at, _SHORTS, 2), _WORDS)
-    return builder.bitcast(builder.shl(words, _in_all_words(16)), SUMS)
+def load_widened(builder: Any, at: Any, count: int) -> list[Any]:
+    """So many numbers of bfloat16 as float32, 16 or a multiple of that, in an order of their own, which only
+    `store_narrowed` needs to know: of narrow vectors the lower of each lane's two, then the upper, as no shuffle is
+    needed for that; else as they lie."""
+    if LANES == 8:
+        lanes = [load(builder, builder.add(at, INT64(32 * i)), PAIRS, 2) for i in range(count // 16)]
+        return [half(builder, pairs) for pairs in lanes for half in (lower, upper)]
+    each = [load(builder, builder.add(at, INT64(2 * LANES * i)), _SHORTS, 2) for i in range(count // LANES)]
+    words = [builder.shl(builder.zext(shorts, _WORDS), _in_all_words(16)) for shorts in each]
+    return [builder.bitcast(word, SUMS) for word in words]
 
 
-def store_narrowed(builder: Any, sums: Any, at: Any) -> None:
-    """Rounds to bfloat16, to nearest even, on a CPU with AVX512_BF16."""
-    kind = ir.FunctionType(_HALF, [SUMS])
-    rounded = builder.call(_function(builder, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512"), [sums])
-    store(builder, rounded, at, 2)
+def store_narrowed(builder: Any, numbers: Sequence[Any], at: Any) -> None:
+    """Rounds to bfloat16, to nearest even, what is in the order of `load_widened`; NaN stays NaN."""
+    if LANES == 8:
+        for i in range(0, len(numbers), 2):
+            low, high = (_rounded(builder, number) for number in numbers[i : i + 2])
+            words = builder.or_(builder.lshr(low, _in_all_words(16)), builder.and_(high, _in_all_words(0xFFFF0000)))
+            store(builder, words, builder.add(at, INT64(16 * i)), 2)
+        return
+    for i, number in enumerate(numbers):
+        if cpu_has("avx512bf16"):
+            kind = ir.FunctionType(_HALF, [SUMS])
+            shorts = builder.call(_function(builder, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512"), [number])
+        else:
+            shorts = builder.trunc(builder.lshr(_rounded(builder, number), _in_all_words(16)), _SHORTS)
+        store(builder, shorts, builder.add(at, INT64(2 * LANES * i)), 2)
+
+
+def _rounded(builder: Any, numbers: Any) -> Any:
+    """Words whose upper halves are the numbers in bfloat16."""
+    words = builder.bitcast(numbers, _WORDS)
+    odd = builder.and_(builder.lshr(words, _in_all_words(16)), _in_all_words(1))
+    up = builder.add(builder.add(words, odd), _in_all_words(0x7FFF))
+    return builder.select(builder.fcmp_unordered("uno", numbers, numbers), _in_all_words(QUIET_NAN << 16), up)
 
 
 def at_most(builder: Any, number: int, last: Any) -> Any:
@@ -152,11 +206,11 @@ def at_most(builder: Any, number: int, last: Any) -> Any:
 def _splat(builder: Any, value: Any, kind: Any) -> Any:
     anything = ir.Constant(kind, ir.Undefined)
     first = builder.insert_element(anything, value, _INT32(0))
-    return builder.shuffle_vector(first, anything, ir.Constant(_WORDS, [0] * 16))
+    return builder.shuffle_vector(first, anything, ir.Constant(_WORDS, [0] * LANES))
 
 
 def _in_all_words(number: int) -> ir.Constant:
-    return ir.Constant(_WORDS, [number] * 16)
+    return ir.Constant(_WORDS, [number] * LANES)
 
 
 def _function(builder: Any, kind: Any, name: str) -> Any:
