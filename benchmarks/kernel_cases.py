@@ -153,31 +153,34 @@ def static_contestants(case: LowRankCase) -> dict[str, Work]:
 
 def low_rank_contestants(case: LowRankCase) -> dict[str, Work]:
     """Ours, a loop, a bmm, and one GEMM over all adapters' rank rows, each of which adds the deltas to y; the base
-    linears, for scale."""
+    linears, for scale. Others have the dtype that is best for them."""
     count, widest = len(case.segments), max(len(s.pool_rows) for s in case.segments)
-    own = _own_lanes(case.segments, case.pool[0].a)
     dtype = peer_dtype(case.x[0].device.type)
-    linears = [(x.to(dtype), weight.to(dtype)) for x, weight in zip(case.x, case.weight, strict=True)]
-    padded = [[_padded(table, case.segments, widest) for table in (pool.a, pool.b)] for pool in case.pool]
+    xs = [x.to(dtype) for x in case.x]
+    linears = [(x, weight.to(dtype)) for x, weight in zip(xs, case.weight, strict=True)]
+    pools = [(pool.a.to(dtype), pool.b.to(dtype)) for pool in case.pool]
+    ys = [y.to(dtype) for y in case.y]
+    own = _own_lanes(case.segments, pools[0][0])
+    padded = [[_padded(table, case.segments, widest) for table in pool] for pool in pools]
 
     def base() -> None:
         for x, weight in linears:
             F.linear(x, weight)
 
     def loop() -> None:
-        for y, x, pool in zip(case.y, case.x, case.pool, strict=True):
+        for y, x, (a, b) in zip(ys, xs, pools, strict=True):
             for s in case.segments:
                 part = slice(s.pool_rows[0], s.pool_rows[-1] + 1)
-                y[s.start : s.end] += (x[s.start : s.end] @ pool.a[part].T) @ pool.b[part] * 0.5
+                y[s.start : s.end] += (x[s.start : s.end] @ a[part].T) @ b[part] * 0.5
 
     def bmm() -> None:
-        for y, x, (a, b) in zip(case.y, case.x, padded, strict=True):
+        for y, x, (a, b) in zip(ys, xs, padded, strict=True):
             middle = torch.bmm(x.view(count, -1, x.shape[1]), a.transpose(1, 2))
             y.add_(torch.bmm(middle, b).view(y.shape), alpha=0.5)
 
     def slots() -> None:
-        for y, x, pool in zip(case.y, case.x, case.pool, strict=True):
-            y.addmm_((x @ pool.a.T).mul_(own), pool.b, alpha=0.5)
+        for y, x, (a, b) in zip(ys, xs, pools, strict=True):
+            y.addmm_((x @ a.T).mul_(own), b, alpha=0.5)
 
     return {
         "chorus": with_plan(case, LowRankPlan(case.segments, case.x[0].device)),
@@ -227,9 +230,10 @@ def attention_contestants(case: AttentionCase) -> dict[str, Work]:
     device = case.query.device
     plan = AttentionPlan(case.rows, BLOCK, device)
     tables = [torch.tensor(row.blocks, device=device) for row in case.rows]
-    # Each contestant has the layout that suits it best: position-major pages are gathered as rows of a sequence.
-    layers = list(zip(case.k_cache, case.v_cache, strict=True))
-    by_position = [tuple(cache.transpose(1, 2).contiguous() for cache in layer) for layer in layers]
+    # Others have the layout and dtype that suit them best: position-major pages are gathered as rows of a sequence.
+    layers, dtype = list(zip(case.k_cache, case.v_cache, strict=True)), peer_dtype(device.type)
+    by_position = [tuple(cache.to(dtype).transpose(1, 2).contiguous() for cache in layer) for layer in layers]
+    asked = case.query.to(dtype)
 
     def ours() -> None:
         for k_cache, v_cache in layers:
@@ -242,7 +246,7 @@ def attention_contestants(case: AttentionCase) -> dict[str, Work]:
                     cache.index_select(0, table).view(1, -1, KV_HEADS, DIM)[:, : case.context].transpose(1, 2)
                     for cache in caches
                 )
-                query = case.query[i].view(1, KV_HEADS, HEADS // KV_HEADS, DIM)
+                query = asked[i].view(1, KV_HEADS, HEADS // KV_HEADS, DIM)
                 F.scaled_dot_product_attention(query, key, value)
 
     return {"chorus": ours, "per-row folded SDPA": folded}

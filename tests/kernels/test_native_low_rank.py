@@ -112,16 +112,17 @@ def test_activation_and_bias_lie_between_the_products_of_short_and_long_segments
 
 
 @pytest.mark.parametrize("activation", Activation)
-def test_one_rows_nan_or_one_adapters_reaches_no_other_row(activation: Activation) -> None:
-    layout = [LowRankSegment(s.start, s.end, s.pool_rows, activation) for s in batch_of([(1, 5), (3, 7), (1, 2)], 96)]
-    y, x, a, b, scale = tensors(9, 40, 24, torch.float32)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_one_rows_nan_or_one_adapters_reaches_no_other_row(activation: Activation, dtype: torch.dtype) -> None:
+    layout = [LowRankSegment(s.start, s.end, s.pool_rows, activation) for s in batch_of([(1, 8), (4, 7), (1, 4)], 96)]
+    y, x, a, b, scale = tensors(10, 72, 64, dtype)
     clean = low_rank(y.clone(), x, RankPool(a, b, scale), LowRankPlan(layout, CPU))
     x[3] = torch.nan
     a[list(layout[2].pool_rows)] = b[list(layout[2].pool_rows)] = torch.inf
     got = low_rank(y.clone(), x, RankPool(a, b, scale), LowRankPlan(layout, CPU))
     assert got[3].isnan().all()
     assert not got[layout[2].start].isfinite().any()
-    others = [row for row in range(9) if row not in (3, layout[2].start)]
+    others = [row for row in range(10) if row not in (3, layout[2].start)]
     assert torch.equal(got[others], clean[others])
 
 
@@ -140,7 +141,7 @@ def test_what_would_be_read_or_written_amiss_is_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize(("k", "n", "rank"), [(2 * TILE, TILE + 64, 16), (TILE + 37, 100, 7)])
+@pytest.mark.parametrize(("k", "n", "rank"), [(2 * TILE, TILE + 64, 16), (TILE + 37, 100, 7), (48, TILE + 16, 8)])
 def test_a_row_comes_out_alike_alone_and_among_others_of_its_adapter(
     dtype: torch.dtype, k: int, n: int, rank: int
 ) -> None:

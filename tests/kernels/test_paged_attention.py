@@ -124,8 +124,8 @@ def test_decodes_in_bfloat16_stay_within_the_bound(block: int, scattered: bool) 
     assert torch.equal(got, again)
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (3, 1), (4, 1), (14, 2), (12, 4)])
-@pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1), (3, 1), (5, 1), (14, 2), (24, 4)])
+@pytest.mark.parametrize("dim", [16, 48, 64, 80, 128, 256])
 def test_all_tokens_of_chunks_in_bfloat16_stay_within_the_bound(heads: tuple[int, int], dim: int) -> None:
     """However many queries share a key, and a tile of sums holds; chunks and decodes, in pages that are not full."""
     query, k_cache, v_cache, rows = batch([(70, 0), (1, 0), (5, 27), (1, 47), (1, 48), (16, 16)], heads, dim, BF16, 1)
@@ -151,11 +151,24 @@ def test_what_lies_in_a_page_past_the_context_is_not_seen() -> None:
     assert got[1].isnan().all()
 
 
+@pytest.mark.parametrize(("heads", "bad"), [(4, 1), (5, 4)])
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+def test_a_heads_nan_reaches_no_other_head_of_its_group(heads: int, bad: int, dtype: torch.dtype) -> None:
+    """Among the scores that are compared as vectors, and in the rest."""
+    query, k_cache, v_cache, rows = batch([(1, 52), (1, 3)], (heads, 1), 64, dtype, 6)
+    plan, others = AttentionPlan(rows, 16, CPU), [head for head in range(heads) if head != bad]
+    clean = paged_attention(query, k_cache, v_cache, plan, scale=0.1)
+    query[:, bad] = torch.nan
+    got = paged_attention(query, k_cache, v_cache, plan, scale=0.1)
+    assert torch.equal(got[:, others], clean[:, others])
+    assert got[:, bad].isnan().all()
+
+
 def test_chunks_are_computed_as_decodes_where_that_is_faster() -> None:
     """Always where the CPU multiplies bfloat16 and four queries share a key head; what the rest does has its bounds."""
     cache, query = torch.empty(1, 2, 16, 64), torch.empty(1, 8, 64)
     in_tiles = few_keys(query.bfloat16(), cache.bfloat16(), capped=False)
-    assert in_tiles == (sys.maxsize if cpu_has_them() else FEW_KEYS)
+    assert (in_tiles == sys.maxsize) == cpu_has_them()
     assert FEW_KEYS <= few_keys(query[:, :2].bfloat16(), cache.bfloat16(), capped=False) <= in_tiles
     assert few_keys(query, cache, capped=False) == FEW_KEYS
     assert few_keys(query.bfloat16(), cache.bfloat16(), capped=True) == FEW_KEYS

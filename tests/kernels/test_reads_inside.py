@@ -14,7 +14,17 @@ from itertools import product
 
 import torch
 
-from chorus.kernels import LowRankPlan, LowRankSegment, PackedWeight, RankPool, low_rank
+from chorus.kernels import (
+    AttentionPlan,
+    AttentionRow,
+    LowRankPlan,
+    LowRankSegment,
+    PackedWeight,
+    RankPool,
+    low_rank,
+    paged_attention,
+    reference,
+)
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
@@ -77,7 +87,7 @@ def linears() -> None:
 
 def deltas() -> None:
     """The pool's last rows, for one segment up to the batch's last row."""
-    for rows, rank, (k, n) in product((1, 3, 5, 9), (3, 8), ((64, 64), (66, 97), (95, 66))):
+    for rows, rank, (k, n) in product((1, 3, 5, 9), (3, 8), ((64, 64), (66, 97), (95, 66), (48, 48))):
         print(f"low_rank of {rows} rows, rank {rank}, K = {k}, N = {n}", flush=True)
         y, x, a, b = random(rows, n), random(rows, k), random(10, k), random(10, n)
         scale = at_the_end(torch.rand(10) / k**0.5, torch.float32)
@@ -88,10 +98,25 @@ def deltas() -> None:
         assert_close(low_rank(y, x, RankPool(a, b, scale), plan), exact)
 
 
+def attention() -> None:
+    """Over the cache's last page, of the last key head, up to the batch's last row."""
+    for heads, dim, (context, window) in product((1, 3, 5), (16, 48, 80), ((32, None), (21, None), (32, 5))):
+        print(f"attention of {heads} heads of {dim} over {context} tokens, window {window}", flush=True)
+        query, k_cache, v_cache = random(2, 2 * heads, dim), random(3, 2, 16, dim), random(3, 2, 16, dim)
+        rows = [AttentionRow(i, i + 1, context, [0, 2]) for i in range(2)]
+        plan = AttentionPlan(rows, 16, torch.device("cpu"))
+        got = paged_attention(query, k_cache, v_cache, plan, scale=dim**-0.5, window=window)
+        exact = reference.paged_attention(
+            query.double(), k_cache.double(), v_cache.double(), rows, scale=dim**-0.5, window=window
+        )
+        assert_close(got, exact)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
     with torch.inference_mode():
         linears()
         deltas()
+        attention()
     print("done")

@@ -2,6 +2,7 @@
 x in one call. A segment with enough rows (a long prompt's) to fill GEMMs of its own gets torch's.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 # From this many rows on a segment gets GEMMs of its own, without tiles. The kernel's time over theirs (2 cores,
 # K = 1024, N = 1024 and 2816, rank 16, 1 and 4 segments): 0.2 to 0.5 at 16 rows, 0.4 to 0.9 at 64, 0.8 to 1.5 at 128.
 # With tiles it is 0.15 at 8 segments of 64 rows, about 1 at 256 rows of one, 1.3 to 1.7 at 512 and 2048. Where torch
-# does not multiply the dtype, and theirs are in float32: 0.5 at 8 segments of 64 rows, 0.8 at 256 and 512 rows.
+# does not multiply the dtype, and theirs are in float32: 0.3 at 8 segments of 64 rows, 0.5 at 256, 0.2 at 2048.
 LONG_SEGMENT_ROWS, LONG_IN_TILES = 64, 512
 
 
@@ -38,10 +39,7 @@ class CpuSegments:
         self._shared: dict[int, Shared] = {}
 
     def shared_out(self, dtype: torch.dtype) -> Shared:
-        from chorus.kernels.native.low_rank import has_tiles  # numba is not everywhere
-
-        is_ahead = has_tiles(dtype) or product_dtype(dtype) != dtype
-        least = LONG_IN_TILES if is_ahead else LONG_SEGMENT_ROWS
+        least = _long_from(dtype)
         if least not in self._shared:
             self._shared[least] = self._by_length(least)
         return self._shared[least]
@@ -55,6 +53,14 @@ class CpuSegments:
             ShortSegments.of(short) if short else None,
             tuple(LongSegment(s.start, s.end - s.start, _PoolRows.of(s.pool_rows), s.activation) for s in long),
         )
+
+
+def _long_from(dtype: torch.dtype) -> int:
+    from chorus.kernels.native.low_rank import leads  # numba is not everywhere
+
+    if not leads(dtype):
+        return LONG_SEGMENT_ROWS
+    return LONG_IN_TILES if product_dtype(dtype) == dtype else sys.maxsize
 
 
 class StaticSegments(CpuSegments):
@@ -117,19 +123,14 @@ class LongSegment:
 
     def add(self, y: Tensor, x: Tensor, pool: RankPool, mid_bias: Tensor | None) -> None:
         xs, ys = x.narrow(0, self.start, self.count), y.narrow(0, self.start, self.count)
-        dtype = product_dtype(ys.dtype)
-        middle = _shrink(xs, self.pool_rows.of_tensor(pool.a), dtype)
+        middle = _shrink(xs, self.pool_rows.of_tensor(pool.a))
         middle = _between(middle, pool.mid_scale, mid_bias, self.pool_rows, self.activation)
-        b = self.pool_rows.of_tensor(pool.b).to(dtype)
-        if dtype == ys.dtype:
-            ys.addmm_(middle, b)
-        else:
-            ys.copy_(torch.addmm(ys.to(dtype), middle, b))
+        ys.addmm_(middle, self.pool_rows.of_tensor(pool.b))
 
 
-def _shrink(x: Tensor, a: Tensor, dtype: torch.dtype) -> Tensor:
-    """x A^T, [T, r], computed in `dtype`, for rows x [T, K] or token ids [T] and A [r, K]."""
-    return torch.mm(x.to(dtype), a.to(dtype).T) if x.dim() == 2 else a.index_select(1, x).T.to(dtype)
+def _shrink(x: Tensor, a: Tensor) -> Tensor:
+    """x A^T, [T, r], for rows x [T, K] or token ids [T] and A [r, K]."""
+    return torch.mm(x, a.T) if x.dim() == 2 else a.index_select(1, x).T
 
 
 def _between(

@@ -30,7 +30,7 @@ from chorus.kernels.native.team import EDITION, Compiled
 from chorus.kernels.native.vectors import cpu_has, cpu_has_them
 from chorus.kernels.row_lists import RowLists
 
-_FEW_KEYS_ALONE = 1 << 18
+_FEW_KEYS_ALONE, _FEW_KEYS_WIDENED = 1 << 18, 1 << 16
 _QUERIES_TOGETHER = 4
 _SHORT = 1 << 14  # keys times key heads: 0.2 ms
 AHEAD = 4  # pages that are fetched before they are read
@@ -109,13 +109,16 @@ def few_keys(query: Tensor, k_cache: Tensor, *, capped: bool) -> int:
     In tiles always, where the CPU multiplies bfloat16 and four query heads share a key head. 2 cores, ms so and with
     SDPA: 16 heads of 64 over 4, 64 tokens of 64 0.12, 0.33; 512 of 512 3.9, 10; 2048 of 2048 62, 72; 32 of 128 over 8,
     512 of 512 14, 31; 64 of 4096 32, 68. Over 8, 16 heads of 64: 2048 of 2048 99, 80; 8 of 64: 512 of 512 3.5, 4.3;
-    2048 of 2048 51, 43. Where it has no such products, 16 heads of 64 over 4: 64 of 64 0.23, 0.41; 256 of 256 2.4,
-    2.6; 1024 of 1024 36, 27.
+    2048 of 2048 51, 43. Where it has no such products, 16 heads of 64 over 4: 64 of 64 0.29, 0.69; 512 of 512 10, 14;
+    1024 of 1024 38, 37; 16 of 128 over 8: 512 of 512 15, 27; 12 over 12: 256 of 256 3.4, 3.3. Not with AMX.
     """
     in_tiles = _runs_in_tiles(HELD_AS[query.dtype], query.shape[2], k_cache.shape[2])
-    if capped or not in_tiles or not cpu_has_them():
+    if capped or not in_tiles or cpu_has("amx-bf16"):
         return FEW_KEYS
-    return _FEW_KEYS_ALONE if query.shape[1] < _QUERIES_TOGETHER * k_cache.shape[1] else sys.maxsize
+    together = query.shape[1] // k_cache.shape[1]
+    if cpu_has_them() and together >= _QUERIES_TOGETHER:
+        return sys.maxsize
+    return _FEW_KEYS_ALONE if cpu_has_them() or together > 1 else _FEW_KEYS_WIDENED
 
 
 @cache
@@ -177,11 +180,11 @@ def _kernel(held: type, dim: int, block: int) -> Compiled:
                     fetch(ahead_at, block * stride)
                     _widen(page, at, stride, high, dim, held, np.float32(1))
                     _add_values(sums, scores, p * block, page, low, high)
-            own = out_at + size * (places[row] * kv_heads + head) * group * dim
+            into = out_at + size * (places[row] * kv_heads + head) * group * dim
             if tiled:
-                write_rows(dim, own, sums, totals)
+                write_rows(dim, into, sums, totals)
             else:
-                _write(carray(pointer(own), (group, dim), held), sums, totals)
+                _write(carray(pointer(into), (group, dim), held), sums, totals)
 
     return Compiled(decode_attention)
 

@@ -32,12 +32,11 @@ from chorus.kernels.native.vectors import (
     upper,
 )
 
-ROWS, COLUMNS = 6, 2 * LANES
+_VECTORS = 2
+ROWS, COLUMNS = 6, _VECTORS * LANES
 """The most rows of a tile, and its columns."""
 
-_VECTORS = COLUMNS // LANES
 _VECTOR = 4 * LANES  # bytes
-_LINES = _VECTORS * _VECTOR // 64  # of a pair
 _ROW_OF_SUMS, _PAIR_OF_WEIGHTS = 4 * PANEL, 4 * PANEL
 
 
@@ -65,8 +64,8 @@ def fma_tile(
             w = builder.add(w_at, builder.mul(INT64(_PAIR_OF_WEIGHTS), loop.index))
             weights = [load(builder, builder.add(w, INT64(_VECTOR * v)), PAIRS, _VECTOR) for v in range(_VECTORS)]
             asked = builder.add(ahead_at, builder.mul(ahead, loop.index))
-            for line in range(_LINES):
-                ask_for(builder, builder.add(asked, builder.mul(builder.udiv(ahead, INT64(_LINES)), INT64(line))))
+            for line in range(0, _VECTORS * _VECTOR, 64):
+                ask_for(builder, builder.add(asked, INT64(line)))
             for half, widen in enumerate((lower, upper)):
                 widened = [widen(builder, both) for both in weights]
                 for row in range(count):

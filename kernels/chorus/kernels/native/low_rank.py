@@ -98,24 +98,30 @@ def low_rank(x: Tensor, sites: Sequence[NativeSite]) -> None:
         numbers += [y, y.stride(0), y.shape[1], a, b, mid_scale, mid_bias, segments.table]
         items += segments.items
     a = sites[0].pool.a
-    _kernel(HELD_AS[a.dtype])(items, x, int(x.dim() == 1), a.shape[1], len(sites), *numbers)
+    _kernel(a.dtype)(items, x, int(x.dim() == 1), a.shape[1], len(sites), *numbers)
 
 
 @cache
-def has_tiles(dtype: torch.dtype) -> bool:
+def _has_tiles(dtype: torch.dtype) -> bool:
     """Whether its loops are those of `rank_tiles`."""
     return dtype == torch.bfloat16 and cpu_has("fma")
 
 
+@cache
+def leads(dtype: torch.dtype) -> bool:
+    """Whether it is faster than torch's GEMMs for long segments, too."""
+    return _has_tiles(dtype) and not cpu_has("amx-bf16")
+
+
 def prepare(dtype: torch.dtype) -> None:
     """Compiles now what the first call would wait for."""
-    _kernel(HELD_AS[dtype])
+    _kernel(dtype)
 
 
 @cache
-def _kernel(held: type) -> Compiled:
+def _kernel(dtype: torch.dtype) -> Compiled:
+    held, tiled = HELD_AS[dtype], _has_tiles(dtype)
     edition, size = EDITION, np.dtype(held).itemsize
-    tiled = has_tiles(torch.bfloat16) and held is HELD_AS[torch.bfloat16]
 
     def low_rank(arguments):
         head = carray(arguments, (_HEAD,))
@@ -129,6 +135,7 @@ def _kernel(held: type) -> Compiled:
         middle = np.empty((ROWS, most_ranks + RANKS), np.float32)
         weights = np.empty((RANKS, TILE), np.float32)
         sums = np.empty((ROWS, TILE), np.float32)
+        addresses, tile = np.empty(most_ranks + RANKS, np.int64), np.empty((SHRINK_ROWS, SHRINK_RANKS), np.float32)
         while edition == head[1]:
             item, at = take_ticket(arguments), _HEAD
             if item >= items:
@@ -144,7 +151,7 @@ def _kernel(held: type) -> Compiled:
             start, rows, ranks = numba.int64(about[0]), numba.int64(about[1]), numba.int64(about[3])
             own = carray(pointer(table_at + 4 * (_FIRST + _ITEM * own_items + about[2])), (ranks,), np.int32)
             if tiled and not by_id:
-                _shrink_tiled(middle, x_at + size * start * k, a_at, b_at, own, rows, k, n)
+                _shrink_tiled(middle, tile, addresses, x_at + size * start * k, a_at, b_at, own, rows, k, n)
             elif by_id:
                 _look_up(middle, x_at, a_at, held, size, own, start, rows, k)
             else:
@@ -153,9 +160,9 @@ def _kernel(held: type) -> Compiled:
                 _shrink(middle, xs, weights, a_at, b_at, held, size, own, rows, k, n)
             _between(middle, rows, own, scale_at, bias_at, about[4])
             if tiled and rows == 1 and n % ROW_COLUMNS == 0 and ranks % SHRINK_RANKS == 0:
-                _expand_row(sums[0], middle[0], y_at + size * start * y_stride, b_at, own, n)
+                _expand_row(sums[0], middle[0], addresses, y_at + size * start * y_stride, b_at, own, n)
             elif tiled:
-                _expand_tiled(middle, y_at + size * start * y_stride, y_stride, b_at, own, rows, n)
+                _expand_tiled(middle, addresses, y_at + size * start * y_stride, y_stride, b_at, own, rows, n)
             else:
                 _expand(sums, middle, weights, y_at + size * start * y_stride, y_stride, b_at, held, size, own, rows, n)
 
@@ -218,44 +225,44 @@ def _expand(sums, middle, weights, y_at, y_stride, b_at, held, size, own, rows, 
 
 
 @numba.njit(**OPTIONS)
-def _shrink_tiled(middle, x_at, a_at, b_at, own, rows, k, n):
+def _shrink_tiled(middle, tile, addresses, x_at, a_at, b_at, own, rows, k, n):
     """middle [rows, ranks] = x [rows, K] times A's rows, in bfloat16; what 32 does not divide of K number by number.
 
     Of one row the next rank rows are fetched between products, and the first of B behind the last.
     """
-    ranks, steps, out = len(own), k // SHRINK_STEP, np.empty((SHRINK_ROWS, SHRINK_RANKS), np.float32)
-    rank_rows = _addresses(a_at, own, k, b_at, n, 0)
+    ranks, steps = len(own), k // SHRINK_STEP
+    _lie(addresses, a_at, own, k, b_at, n, 0)
     for r in range(0, ranks, SHRINK_RANKS):
         if rows > 1:
             _fetch(a_at, own, r + SHRINK_RANKS, 2 * k, 0, 2 * k)
         for g in range(0, rows, SHRINK_ROWS):
-            group_at = rank_rows.ctypes.data + 8 * r
+            group_at = addresses.ctypes.data + 8 * r
             if rows == 1 and r + SHRINK_RANKS <= ranks:
-                shrink_row(x_at, group_at, group_at + 8 * SHRINK_RANKS, steps, out.ctypes.data)
-            else:
-                shrink_tile(
-                    x_at + 2 * g * k, 2 * k, rows - 1 - g, group_at, ranks - 1 - r, steps, out.ctypes.data
-                )  # fmt: skip
+                shrink_row(x_at, group_at, group_at + 8 * SHRINK_RANKS, steps, middle.ctypes.data + 4 * r)
+                continue
+            shrink_tile(x_at + 2 * g * k, 2 * k, rows - 1 - g, group_at, ranks - 1 - r, steps, tile.ctypes.data)
             for row in range(min(SHRINK_ROWS, rows - g)):
                 for rank in range(min(SHRINK_RANKS, ranks - r)):
-                    x = carray(pointer(x_at + 2 * (g + row) * k), (k,), np.uint16)
-                    a = carray(pointer(rank_rows[r + rank]), (k,), np.uint16)
-                    for j in range(steps * SHRINK_STEP, k):
-                        out[row, rank] += wide(x[j]) * wide(a[j])
-                    middle[g + row, r + rank] = out[row, rank]
+                    middle[g + row, r + rank] = tile[row, rank]
+    for row in range(rows if k % SHRINK_STEP else 0):
+        for rank in range(ranks):
+            x = carray(pointer(x_at + 2 * row * k), (k,), np.uint16)
+            a = carray(pointer(addresses[rank]), (k,), np.uint16)
+            for j in range(steps * SHRINK_STEP, k):
+                middle[row, rank] += wide(x[j]) * wide(a[j])
 
 
 @numba.njit(**OPTIONS)
-def _expand_row(sums, middle, y_at, b_at, own, n):
+def _expand_row(sums, middle, addresses, y_at, b_at, own, n):
     """y [N] += middle [ranks] times B's rows, in bfloat16; 32 divides N and 4 the ranks. The next rank rows are fetched
     between products."""
-    rank_rows = _addresses(b_at, own, n, b_at, n, 2 * TILE)
+    _lie(addresses, b_at, own, n, b_at, n, 2 * TILE)
     for low in range(0, n, TILE):
         length = min(TILE, n - low)
         steps = length // ROW_COLUMNS
         widen_row(sums.ctypes.data, y_at + 2 * low, steps)
         for r in range(0, len(own), SHRINK_RANKS):
-            group_at = rank_rows.ctypes.data + 8 * r
+            group_at = addresses.ctypes.data + 8 * r
             expand_row(
                 sums.ctypes.data, middle.ctypes.data + 4 * r, group_at, group_at + 8 * SHRINK_RANKS,
                 2 * low, steps,
@@ -264,35 +271,33 @@ def _expand_row(sums, middle, y_at, b_at, own, n):
 
 
 @numba.njit(**OPTIONS)
-def _expand_tiled(middle, y_at, y_stride, b_at, own, rows, n):
+def _expand_tiled(middle, addresses, y_at, y_stride, b_at, own, rows, n):
     """y [rows, N] += middle [rows, ranks] times B's rows, in bfloat16; the last columns number by number."""
     ranks, whole = len(own), n // EXPAND_COLUMNS * EXPAND_COLUMNS
-    rank_rows = _addresses(b_at, own, n, b_at, n, 0)
+    _lie(addresses, b_at, own, n, b_at, n, 0)
     for low in range(0, whole, EXPAND_COLUMNS):
         for g in range(0, rows, EXPAND_ROWS):
             expand_tile(
                 y_at + 2 * (g * y_stride + low), 2 * y_stride, rows - 1 - g,
                 middle.ctypes.data + 4 * g * middle.shape[1], 4 * middle.shape[1],
-                rank_rows.ctypes.data, 2 * low, ranks,
+                addresses.ctypes.data, 2 * low, ranks,
             )  # fmt: skip
     for g in range(rows):
         y = carray(pointer(y_at + 2 * g * y_stride), (n,), np.uint16)
         for j in range(whole, n):
             total = wide(y[j])
             for r in range(ranks):
-                total += middle[g, r] * wide(carray(pointer(rank_rows[r]), (n,), np.uint16)[j])
+                total += middle[g, r] * wide(carray(pointer(addresses[r]), (n,), np.uint16)[j])
             y[j] = narrow(total, y[j])
 
 
 @numba.njit(**INLINE)
-def _addresses(at, own, width, next_at, next_width, offset):
-    """Of the rank rows, in bfloat16, then of what to fetch after them: the next pool's first ones, from `offset` on."""
-    addresses = np.empty(len(own) + SHRINK_RANKS, np.int64)
+def _lie(addresses, at, own, width, next_at, next_width, offset):
+    """Where the rank rows lie, in bfloat16, then what to fetch after: the next pool's first ones, from `offset` on."""
     for r in range(len(own)):
         addresses[r] = at + 2 * own[r] * width
     for r in range(SHRINK_RANKS):
         addresses[len(own) + r] = next_at + 2 * own[min(r, len(own) - 1)] * next_width + offset
-    return addresses
 
 
 @numba.njit(**INLINE)

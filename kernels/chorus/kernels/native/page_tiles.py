@@ -1,7 +1,7 @@
 """The innermost loops of decode attention in bfloat16, in registers: a page of 16 keys, or of 16 values.
 
     score_page    keys times queries        `LANES` sums, of some keys times one query or two; then a vector of scores
-    add_page      values times weights      `_SUMS` sums, of some numbers of the values for up to four queries
+    add_page      values times weights      `LANES` sums, of some numbers of the values for up to four queries
 
 Keys are multiplied as they lie, two neighbours to a lane (`dot`). Values are widened in registers, once for all
 queries of a tile; their weights stay float32.
@@ -26,7 +26,6 @@ from chorus.kernels.native.vectors import (
     LANES,
     SUMS,
     at_most,
-    cpu_has,
     dot,
     float_in_every_lane,
     higher,
@@ -43,9 +42,9 @@ from chorus.kernels.native.vectors import (
 )
 
 KEYS = 16
-_QUERIES = 16 // LANES  # that share keys in registers: of half the width one has the keys that two would have
-_SUMS = 16 if cpu_has("avx512f") else 8  # half of the registers
-_TOGETHER = 4  # queries that share values in registers, at most
+_QUERIES = 16 // LANES  # that share keys: with half as many sums a query, each key is read once for two
+_TOGETHER = 4  # queries that share values, at most
+_ASKED = 64 * KEYS  # bytes that `_score` asks for
 
 
 @numba.njit(**INLINE)
@@ -54,15 +53,14 @@ def score_page(dim, scores, query_at, query_stride, keys_at, stride, scale, ahea
 
     `dim`, a constant, is a multiple of 16; addresses and strides in bytes. Meanwhile a page at `ahead_at` is fetched.
     """
-    size, row, each = KEYS * stride, scores.strides[0], 64 * KEYS * _lines(dim)
+    size, row, asked = KEYS * stride, scores.strides[0], 0
     for g in range(0, len(scores), _QUERIES):
-        at, scores_at = query_at + g * query_stride, scores[g].ctypes.data
-        ahead = ahead_at + min(each * (g // _QUERIES), size - each)
-        if _QUERIES == 2 and g + 1 < len(scores):
-            _score(dim, 2, at, query_stride, keys_at, stride, scale, scores_at, row, ahead)
+        at, scores_at, ahead = query_at + g * query_stride, scores[g].ctypes.data, ahead_at + min(asked, size - _ASKED)
+        if g + _QUERIES <= len(scores):
+            _score(dim, _QUERIES, at, query_stride, keys_at, stride, scale, scores_at, row, ahead)
         else:
             _score(dim, 1, at, query_stride, keys_at, stride, scale, scores_at, row, ahead)
-    asked = each * ((len(scores) + _QUERIES - 1) // _QUERIES)
+        asked += _ASKED
     fetch(ahead_at + asked, size - asked)
 
 
@@ -99,18 +97,12 @@ def fetch(at, count):
 
 @numba.njit(**INLINE)
 def highest(numbers):
-    """The highest of some float32; of NaN any."""
+    """The highest of some float32 that are not NaN; -inf of none."""
     whole = len(numbers) // LANES
     found = _highest(numbers.ctypes.data, whole)
     for j in range(whole * LANES, len(numbers)):
         found = max(found, numbers[j])
     return found
-
-
-@numba.njit(**INLINE)
-def _lines(dim):
-    """Of 64 bytes that are asked for while a key is multiplied."""
-    return min(_QUERIES, max(dim // 32, 1))
 
 
 @intrinsic(prefer_literal=True)
@@ -130,10 +122,10 @@ def _score(
     """scores [Q, 16], float32 = scale times queries [Q, dim] times keys [16, dim].
 
     Constants are `dim`, a multiple of 16, and Q, `together`, which divides `LANES`; int64, addresses and strides in
-    bytes. Meanwhile some lines for each key are asked for from `ahead_at` on.
+    bytes. Meanwhile 1 KiB from `ahead_at` on is asked for.
     """
-    size, count, lines = dim.literal_value, together.literal_value, _lines.py_func(dim.literal_value)
-    keys = min(LANES // count, KEYS)
+    size, count = dim.literal_value, together.literal_value
+    keys = LANES // count
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, _, query_at, query_stride, key_at, key_stride, scale, scores_at, scores_stride, ahead_at = arguments
@@ -146,9 +138,7 @@ def _score(
             kept = []
             for key in range(keys):
                 number = builder.add(first, INT64(key))
-                for line in range(lines):
-                    offset = builder.add(builder.mul(INT64(64 * lines), number), INT64(64 * line))
-                    ask_for(builder, builder.add(ahead_at, offset))
+                ask_for(builder, builder.add(ahead_at, builder.mul(INT64(64), number)))
                 kept.append(load_pairs(builder, builder.add(key_at, builder.mul(key_stride, number)), size))
             places = list(product(range(count), range(keys)))
             sums = dict.fromkeys(places, ir.Constant(SUMS, [0.0] * LANES))
@@ -185,7 +175,7 @@ def _add(
     queries past number `last` that one is computed again. Meanwhile as many values from `ahead_at` on are asked for.
     """
     size, queries = dim.literal_value, range(together.literal_value)
-    width = _SUMS // len(queries)
+    width = LANES // len(queries)
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, _, sums_at, last, weights_at, weights_stride, value_at, value_stride, values, ahead_at = arguments
@@ -219,6 +209,7 @@ def _add(
 
 @intrinsic(prefer_literal=True)
 def _write(typing: Any, dim: Any, out_at: Any, sums_at: Any, factor: Any) -> Any:
+    """out [dim], bfloat16 = sums [dim], in the order of `load_widened`, times a factor."""
     size = dim.literal_value
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
