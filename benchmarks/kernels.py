@@ -25,6 +25,7 @@ import torch
 from attention_sweep import LLAMA_8B, attention_cases, attention_sweep
 from common import copy_bandwidth, matmul_rate, or_toy, peer_dtype, read_bandwidth, record, wait_until_quiet
 from kernel_cases import (
+    BLOCK,
     RANK,
     ROWS,
     Work,
@@ -83,6 +84,8 @@ def measure(ops: list[str], peers: dict[str, Peer], device: str) -> dict[str, An
     )
     row: dict[str, Any] = {
         "device": device,
+        "peer_dtype": str(peer_dtype(device)).removeprefix("torch."),
+        "page": BLOCK,
         "read_gb_s": read / 1e9,
         "copy_gb_s": copy / 1e9,
         "matmul_tflop_s": rate / 1e12,

@@ -76,23 +76,26 @@ def _number(row: Row, key: str, digits: int) -> str:
 
 
 def kernel_tables(rows: list[Row]) -> str:
-    """The operators, a table for each device; then the cases of the last sweep, if there was one."""
-    tables = [_operator_table(rows, device) for device in DEVICES] + [_sweep_table(rows)]
+    """The operators, a table for each kind of device; then the cases of the last sweep, if there was one."""
+    tables = [_operator_table(rows, device, dtype) for device in DEVICES for dtype in PEER_DTYPES]
+    tables.append(_sweep_table(rows))
     return "\n\n".join(table for table in tables if table)
 
 
-def _operator_table(rows: list[Row], device: str) -> str:
-    low_rank, attention = (newest(rows, op, device) for op in ("low_rank", "paged_attention"))
+def _operator_table(rows: list[Row], device: str, dtype: str) -> str:
+    low_rank, attention = (newest(rows, op, device, dtype) for op in ("low_rank", "paged_attention"))
     lines = [_operator(LOW_RANK, low_rank["low_rank"])] if low_rank else []
     for context, found in attention["paged_attention"].items() if attention else ():
-        lines.append(_operator(f"`paged_attention`, 16 decodes, {context} tokens", found))
+        pages = f", pages of {attention['page']}" if attention and "page" in attention else ""
+        lines.append(_operator(f"`paged_attention`, 16 decodes, {context} tokens{pages}", found))
     row = low_rank or attention
     if row is None:
         return ""
     read = f"{_machine(row)}, reads {row['read_gb_s']:.0f} GB/s"
     drawn = [row for row in (low_rank, attention) if row]
     commits = " and ".join(dict.fromkeys(f"{row['commit']}, {row['time'][:10]}" for row in drawn))
-    header = [read, "time", "GB/s", "floor/time", "others, times ours"]
+    others = "others, times ours" + ("" if dtype == "bfloat16" else f" ({dtype})")
+    header = [read, "time", "GB/s", "floor/time", others]
     return f"{_table(header, lines)}\n\nCommit {commits}."
 
 

@@ -115,6 +115,16 @@ def test_the_operators_table_has_the_newest_row_of_each_operator() -> None:
     ]
 
 
+def test_a_cpu_on_which_others_run_in_float32_has_operators_of_its_own() -> None:
+    first = kernel_row(low_rank=timed(chorus=0.5))
+    other = kernel_row(paged_attention={"128": timed(chorus=0.002)}, peer_dtype="float32", page=16, cpu="Another")
+    drawn = tables.kernel_tables([first, other])
+    assert drawn.startswith(tables.kernel_tables([first]))
+    assert "(Another), reads" in drawn
+    assert "others, times ours (float32) |" in drawn
+    assert "`paged_attention`, 16 decodes, 128 tokens, pages of 16 |" in drawn
+
+
 def test_the_last_sweep_on_a_gpu_is_a_table_of_its_own() -> None:
     drawn = tables.kernel_tables([swept(1, 4, 0.1), swept(2, 4, 0.5), swept(2, 16, 0.6)])
     assert drawn.splitlines() == [
