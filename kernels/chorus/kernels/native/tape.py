@@ -14,7 +14,7 @@ one `Tapes` share: one is replayed at a time, and what it gives is good until th
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import groupby
 from typing import Any
 
@@ -35,6 +35,7 @@ _ALLOCATIONS = frozenset(
         torch.ops.aten.new_empty.default,
     }
 )
+_CASTS = frozenset({torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default})
 _MADE_OF_NUMBERS = frozenset({torch.ops.aten.lift_fresh.default, torch.ops.aten.detach_.default})  # by torch.tensor
 _READS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _LINE = 64  # bytes that a cache has at a time
@@ -145,17 +146,41 @@ class _Recording(TorchDispatchMode):
         changes = func._schema.is_mutable
         if not changes and {_storage(result) for result in results} <= {_storage(tensor) for tensor in given}:
             return out  # views
-        unowned = self._unowned
-        again = partial(func, *unowned(args), **unowned(kwargs or {}))
+        args, kwargs = self._unowned(args), self._unowned(kwargs or {})
         if changes:
-            self._steps.append(again)
+            self._steps.append(partial(func, *args, **kwargs))
             return out
         kept = tree_map(lambda new: self._memory.empty(new).copy_(new), out)
-        self._steps.append(partial(_compute_again, again, tree_leaves(unowned(kept))))
+        self._steps.append(_again(func, args, kwargs, self._unowned(kept)))
         return kept
 
     def _unowned(self, tree: Any) -> Any:
         return tree_map(lambda leaf: self._memory.unowned(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _again(func: Any, args: Any, kwargs: Any, kept: Any) -> Callable[[], object]:
+    """What computes the same again into `kept`: without a copy where torch can write the result there."""
+    if func in _CASTS:
+        return partial(kept.copy_, args[0])
+    if isinstance(kept, Tensor) and (found := _writing(func)) is not None:
+        writing, name = found
+        return partial(writing, *args, **kwargs, **{name: kept})
+    return partial(_compute_again, partial(func, *args, **kwargs), tree_leaves(kept))
+
+
+@cache
+def _writing(func: Any) -> tuple[Any, str] | None:
+    """The operator that writes the one result where it is told to, in the argument of this name; None if there is none.
+
+    Told apart from others of its name by taking the same arguments besides.
+    """
+    packet = func.overloadpacket
+    for other in (getattr(packet, name) for name in packet.overloads()):
+        written = [a.name for a in other._schema.arguments if a.is_out]
+        others = [(a.name, str(a.type)) for a in other._schema.arguments if not a.is_out]
+        if len(written) == 1 and others == [(a.name, str(a.type)) for a in func._schema.arguments]:
+            return other, written[0]
+    return None
 
 
 def _compute_again(ask: Callable[[], object], kept: Sequence[Tensor]) -> None:
