@@ -113,6 +113,50 @@ def test_the_least_recently_used_free_version_makes_room() -> None:
     assert residency.evictions == 1
 
 
+class Unlisted(dict[str, Any]):
+    """Does not tell who is in it, only whether somebody is."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("a turn looks at every version")
+
+    items = keys = values = __iter__
+
+
+def test_a_turn_does_not_look_at_versions_that_only_lie_there() -> None:
+    residency = Residency(make_pool(rows=32), load_by_name)
+    slots = {acquired(residency, digest) for digest in "abc"}
+    residency.release("a")
+    residency._residents = Unlisted(residency._residents)
+    residency.pin("b", "8")
+    residency.request("d", "8")
+    while residency.waits:
+        residency.wait(5)
+        residency.advance()
+    assert residency.acquire("d", "8") is not None
+    assert residency.counts == (4, 0, 1)
+    assert residency.kinds_of(slots) == 1
+
+
+def test_what_is_where_is_counted() -> None:
+    residency = Residency(make_pool(rows=16), load_by_name)
+    acquired(residency, "held")
+    residency.pin("pinned", "8")
+    residency.request("waits", "8")
+    settle(residency)
+    assert residency.counts == (2, 1, 1)
+    assert residency.waits
+    assert (residency.is_pinned("pinned"), residency.is_pinned("held")) == (True, False)
+    residency.unpin("pinned")
+    residency.unload("waits")
+    assert residency.counts == (2, 0, 0)
+    assert not residency.waits
+    residency.pin("held", "8")
+    residency.release("held")
+    residency.unload("held")
+    assert residency.counts == (1, 0, 0)
+    residency.check_integrity()
+
+
 def test_held_and_pinned_versions_stay_and_the_newcomer_waits_on_the_host() -> None:
     residency = Residency(make_pool(rows=16), load_by_name)
     acquired(residency, "held")

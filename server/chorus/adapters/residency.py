@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import islice
 from typing import NamedTuple
 
 from chorus.adapters.kinds import LoweredAdapter
@@ -52,6 +53,14 @@ class LoadedHost(NamedTuple):
     seconds_by_stage: tuple[tuple[str, float], ...] = ()
 
 
+class Counts(NamedTuple):
+    """Versions on the device, versions in host memory that wait for room there, and pinned ones wherever they are."""
+
+    device: int
+    host: int
+    pinned: int
+
+
 class LoadOutcome(NamedTuple):
     """A load that ended: `error` is None when the version is on the device."""
 
@@ -70,7 +79,6 @@ class Resident:
     host: LoweredAdapter | None = None
     slot: int | None = None
     refs: int = 0
-    pinned: bool = False
     unwanted: bool = False
     hits: int = 0
     last_used: int = 0
@@ -112,6 +120,11 @@ class Residency:
         self._on_ready = on_ready
         self._executor = executor or LoaderThreads(LOADERS)
         self._residents: dict[str, Resident] = {}
+        # Parts of these, so that a turn costs no more with many of them.
+        self._in_line: dict[str, Resident] = {}
+        self._on_device: dict[int, Resident] = {}
+        self._yielding: list[Resident] = []
+        self._pinned: set[str] = set()
         self._turn = 0
         self._fresh_turns = fresh_turns
         self._patience_turns = patience_turns
@@ -124,7 +137,7 @@ class Residency:
         """Puts a version in line to be loaded unless it is in memory or on its way."""
         resident = self._residents.get(digest)
         if resident is None:
-            resident = self._residents[digest] = Resident(digest, path)
+            resident = self._residents[digest] = self._in_line[digest] = Resident(digest, path)
             self._start_loads()
         resident.unwanted = False
         resident.wanted_at = self._turn
@@ -155,18 +168,19 @@ class Residency:
             self._drop(resident)
 
     def pin(self, digest: str, path: str) -> None:
-        self.request(digest, path).pinned = True
+        self.request(digest, path)
+        self._pinned.add(digest)
 
     def unpin(self, digest: str) -> None:
-        if digest in self._residents:
-            self._residents[digest].pinned = False
+        self._pinned.discard(digest)
 
     def unload(self, digest: str) -> None:
         """Forgets a version; one that requests hold stays until the last is done."""
         resident = self._residents.get(digest)
         if resident is None:
             return
-        resident.pinned, resident.unwanted = False, True
+        self._pinned.discard(digest)
+        resident.unwanted = True
         if resident.refs == 0:
             self._drop(resident)
 
@@ -175,7 +189,7 @@ class Residency:
         self._turn += 1
         outcomes = []
         room = True
-        for resident in [r for r in self._residents.values() if r.slot is None]:
+        for resident in list(self._in_line.values()):
             try:
                 if not self._to_host(resident) or not room:
                     continue
@@ -183,7 +197,7 @@ class Residency:
                 if room:
                     outcomes.append(LoadOutcome(resident.digest, None, tuple(resident.seconds)))
             except ChorusError as error:
-                del self._residents[resident.digest]
+                self._drop(resident)
                 outcomes.append(LoadOutcome(resident.digest, error, tuple(resident.seconds)))
         outcomes += self._forget()
         self._start_loads()
@@ -196,14 +210,27 @@ class Residency:
 
     def wait(self, timeout: float) -> None:
         """Sleeps until a load under way has ended, at most `timeout` seconds; for callers without `on_ready`."""
-        wait([r.loading for r in self._residents.values() if r.loading], timeout, return_when=FIRST_COMPLETED)
+        wait([r.loading for r in self._in_line.values() if r.loading], timeout, return_when=FIRST_COMPLETED)
 
     def residents(self) -> list[Resident]:
         return list(self._residents.values())
 
+    def is_pinned(self, digest: str) -> bool:
+        return digest in self._pinned
+
+    @property
+    def waits(self) -> bool:
+        """Whether a version is on its way to the device, or waits for room."""
+        return bool(self._in_line)
+
+    @property
+    def counts(self) -> Counts:
+        ready = sum(resident.host is not None for resident in self._in_line.values())
+        return Counts(len(self._on_device), ready, len(self._pinned))
+
     def kinds_of(self, slots: set[int]) -> int:
         """How many different adapter kinds the given slots hold."""
-        return len({r.kind for r in self._residents.values() if r.slot in slots})
+        return len({self._on_device[slot].kind for slot in slots if slot in self._on_device})
 
     def close(self) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -211,13 +238,15 @@ class Residency:
     def check_integrity(self) -> None:
         """Raises AssertionError when pages and residents do not add up."""
         on_device = [r for r in self._residents.values() if r.slot is not None]
+        assert {r.slot: r for r in on_device} == self._on_device, "a slot is lost, or somebody else's"
+        assert {r.digest for r in self._residents.values() if r.slot is None} == self._in_line.keys(), "lost in line"
+        assert self._pinned <= self._residents.keys(), "pinned, and not there"
         assert sum(r.rank_rows for r in on_device) == self._pool.rows_used, "rank rows leaked or shared"
         assert all(r.refs >= 0 for r in on_device), "negative references"
 
     def _start_loads(self) -> None:
         """Has the first in line read."""
-        in_line = [r for r in self._residents.values() if r.slot is None][:AHEAD]
-        for resident in in_line:
+        for resident in islice(self._in_line.values(), AHEAD):
             if resident.loading is None and resident.host is None:
                 resident.loading = self._executor.submit(self._load, resident.digest, resident.path)
                 resident.loading.add_done_callback(lambda _: self._on_ready())
@@ -261,6 +290,7 @@ class Residency:
             self._drop(victim)
             self.evictions += 1
         resident.slot, resident.host, resident.last_used = slot, None, self._turn
+        self._on_device[slot] = self._in_line.pop(resident.digest)
         resident.seconds.append(("device", time.monotonic() - began))
         return True
 
@@ -268,8 +298,8 @@ class Residency:
         """Drops what waits for room and was not asked for in the last `forget_turns` turns; who still waits is told."""
         forgotten = [
             r
-            for r in self._residents.values()
-            if r.slot is None and r.loading is None and not r.pinned and self._turn - r.wanted_at > self._forget_turns
+            for r in self._in_line.values()
+            if r.loading is None and not self.is_pinned(r.digest) and self._turn - r.wanted_at > self._forget_turns
         ]
         outcomes = []
         for resident in forgotten:
@@ -286,26 +316,33 @@ class Residency:
         """One resident after the other, the longest there first, while the first in line finds no room."""
         if has_room:
             self._turns_without_room = 0
-            for resident in self._residents.values():
+            for resident in self._yielding:
                 resident.yielding = False
+            self._yielding.clear()
             return
         self._turns_without_room += 1
         if self._turns_without_room % self._patience_turns == 0:
-            staying = (r for r in self._residents.values() if r.slot is not None and not r.pinned and not r.yielding)
+            staying = (r for r in self._on_device.values() if not self.is_pinned(r.digest) and not r.yielding)
             if longest := min(staying, key=lambda r: r.slot or 0, default=None):
                 longest.yielding = True
+                self._yielding.append(longest)
 
     def _victim(self) -> Resident | None:
         candidates = [
             r
-            for r in self._residents.values()
-            if r.slot is not None and r.refs == 0 and not r.pinned and self._turn - r.last_used >= self._fresh_turns
+            for r in self._on_device.values()
+            if r.refs == 0 and not self.is_pinned(r.digest) and self._turn - r.last_used >= self._fresh_turns
         ]
         return min(candidates, key=lambda r: r.last_used, default=None)
 
     def _drop(self, resident: Resident) -> None:
+        """Out of everything, wherever it is."""
         if resident.slot is not None:
             self._pool.evict(resident.slot)
+            del self._on_device[resident.slot]
+        else:
+            del self._in_line[resident.digest]
         if resident.loading is not None:
             resident.loading.cancel()
+        self._pinned.discard(resident.digest)
         del self._residents[resident.digest]

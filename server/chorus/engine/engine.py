@@ -106,7 +106,7 @@ class Engine:
     @property
     def has_waiting(self) -> bool:
         """True while time alone can bring work: a deadline, or room for an adapter that waits for it."""
-        return self.scheduler.waiting > 0 or any(r.slot is None for r in self.residency.residents())
+        return self.scheduler.waiting > 0 or self.residency.waits
 
     def step(self, commands: Iterable[m.Command]) -> m.StepEvents:
         """Takes the commands in, runs the base once over what the scheduler chose, tells what came of it.
@@ -226,10 +226,13 @@ class Engine:
             events += [failed(request_id, error) for request_id in self.scheduler.fail_adapter(outcome.digest)]
 
     def _residency_report(self, query_id: int) -> m.ResidencyReport:
+        pinned = self.residency.is_pinned
         return m.ResidencyReport(
             query_id=query_id,
             adapters=tuple(
-                m.ResidentAdapter(r.digest, r.tier.value, r.bytes, r.rank_rows, r.max_rank, r.refs, r.pinned, r.hits)
+                m.ResidentAdapter(
+                    *(r.digest, r.tier.value, r.bytes, r.rank_rows, r.max_rank, r.refs, pinned(r.digest), r.hits)
+                )
                 for r in self.residency.residents()
             ),
             rows_total=self._pool.rows_total,
@@ -244,7 +247,7 @@ class Engine:
         """Of the step that has ended in this turn, if one has, and of what was scheduled and is there now."""
         chunks = ended.flight.schedule.chunks if ended else ()
         slots = ended.flight.slots if ended else set()
-        residents, graphs = self.residency.residents(), self._runner.graphs
+        resident, graphs = self.residency.counts, self._runner.graphs
         evictions, hits, pages = self._counted
         self._counted = (self.residency.evictions, self.residency.hits, self.blocks.evictions)
         return m.StepStats(
@@ -264,9 +267,9 @@ class Engine:
             kv_kept=self.blocks.kept_count / self.blocks.num_blocks,
             page_evictions=self.blocks.evictions - pages,
             pool_usage=self._pool.rows_used / self._pool.rows_total,
-            resident_device=sum(r.slot is not None for r in residents),
-            resident_host=sum(r.host is not None for r in residents),
-            pinned=sum(r.pinned for r in residents),
+            resident_device=resident.device,
+            resident_host=resident.host,
+            pinned=resident.pinned,
             launches=graphs.take_launches() if ended and graphs is not None else {},
             graphs=graphs.held if graphs is not None else 0,
         )
