@@ -25,6 +25,14 @@ class RowLists:
         self.slots: list[int] = []
         for row in rows:
             new = row.end - row.start
+            if causal and new == 1:  # most of them: a third of the time
+                position = row.context - 1
+                self.place.append(row.start)
+                self.context.append(row.context)
+                self.first_page.append(len(self.pages))
+                self.slots.append(row.blocks[position // block_size] * block_size + position % block_size)
+                self.pages += row.used(block_size)
+                continue
             self.place += range(row.start, row.end)
             self.context += range(row.context - new + 1, row.context + 1) if causal else repeat(row.context, new)
             self.first_page += repeat(len(self.pages), new)

@@ -114,8 +114,7 @@ class Norm:
         return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + 1
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionRow:
+class AttentionRow(NamedTuple):
     """One sequence in a packed batch: its new tokens are rows [start, end), its context holds `context` tokens with
     them.
 
@@ -137,8 +136,7 @@ class AttentionRow:
         return [AttentionRow(i, i + 1, first + i + 1, self.blocks) for i in range(self.start, self.end)]
 
 
-@dataclass(frozen=True, slots=True)
-class SlotSegment:
+class SlotSegment(NamedTuple):
     """Rows [start, end) of the batch use what lies at `slot` of a pool of vectors [slots, N]."""
 
     start: int

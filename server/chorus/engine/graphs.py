@@ -18,6 +18,7 @@ A batch without adapters has a graph of its own, in which nothing of adapters is
 
 import logging
 import time
+from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from itertools import repeat
@@ -39,6 +40,7 @@ from chorus.kernels import (
     is_short,
     low_rank_family,
 )
+from chorus.kernels.upload import write
 
 log = logging.getLogger(__name__)
 
@@ -123,10 +125,13 @@ class StaticStep:
         Raises:
             ValueError: more than the shape holds, or a page that is none: what is recorded writes where it is told.
         """
-        lists = layout.carried or layout.token_ids, layout.positions, is_long, layout.logit_rows
-        filled = [[*numbers, *repeat(0, self._rows - len(numbers))] for numbers in lists]
-        inputs = torch.tensor(filled, dtype=torch.int64, pin_memory=self._inputs.is_cuda)
-        self._inputs.copy_(inputs, non_blocking=True)
+        if len(layout.token_ids) > self._rows:
+            raise ValueError(f"rows: {len(layout.token_ids)}, and the shape has {self._rows}")
+        filled = array("q")
+        for numbers in (layout.carried or layout.token_ids, layout.positions, is_long, layout.logit_rows):
+            filled.extend(numbers)
+            filled.extend(repeat(0, self._rows - len(numbers)))
+        write(self._inputs, torch.frombuffer(filled, dtype=torch.int64).view_as(self._inputs))
         if drawn is not None:
             self.token_ids.copy_(carry(drawn, self.token_ids))
         self.attention.rewrite(self._filled(layout.rows))

@@ -4,11 +4,12 @@ Knows how to begin and how to stop; does not know who is next.
 """
 
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Protocol
 
 from chorus.engine.kv_cache import BlockPool
 from chorus.engine.messages import AdapterRef
-from chorus.engine.sequence import NO_SLOT, Key, Sequence
+from chorus.engine.sequence import NO_SLOT, Sequence
 
 
 class AdapterGate(Protocol):
@@ -31,16 +32,16 @@ class Running:
         self._pool = pool
         self._gate = gate
         self._rows = rows
-        self._sequences: dict[Key, Sequence] = {}
+        self._sequences: dict[Sequence, None] = {}  # a set that keeps its order
 
     def __len__(self) -> int:
         return len(self._sequences)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._sequences.values())
+        return iter(self._sequences)
 
     def __contains__(self, seq: object) -> bool:
-        return isinstance(seq, Sequence) and self._sequences.get(seq.key) is seq
+        return seq in self._sequences
 
     def has_row(self, leaving: int = 0) -> bool:
         """Whether one more can run once so many have stopped, as far as rows are concerned."""
@@ -48,7 +49,7 @@ class Running:
 
     def by_importance(self) -> list[Sequence]:
         """The most important first, of equally important ones the most recently admitted last."""
-        return sorted(self._sequences.values(), key=lambda seq: seq.priority)
+        return sorted(self._sequences, key=attrgetter("priority"))
 
     def less_important(self, priority: int) -> list[Sequence]:
         """Those of a larger priority; the one to be preempted first is the last."""
@@ -64,12 +65,12 @@ class Running:
 
     def start(self, seq: Sequence, slot: int) -> None:
         """Takes in a sequence that has its blocks and the reference to its adapter."""
-        self._sequences[seq.key] = seq
+        self._sequences[seq] = None
         seq.slot = slot
 
     def stop(self, seq: Sequence) -> None:
         """Gives back all that a running sequence holds."""
-        del self._sequences[seq.key]
+        del self._sequences[seq]
         self._pool.free(seq)
         self.release_adapter(seq)
         seq.slot, seq.computed = NO_SLOT, 0

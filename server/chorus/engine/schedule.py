@@ -1,15 +1,15 @@
 """What a step is made of, and how it is filled."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
 
 from chorus.engine.messages import FinishReason
 from chorus.engine.sequence import NO_SLOT, Sequence
-from chorus.engine.step_cost import StepBound, Work
+from chorus.engine.step_cost import StepBound, Work, pairs_of
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True):
     """Tokens `[start, start + count)` of a sequence; `samples` if the logits of the last one are sampled."""
 
     seq: Sequence
@@ -35,10 +35,11 @@ class Schedule(NamedTuple):
 
     def work(self) -> Work:
         """What the step computes."""
-        work = Work()
+        tokens = pairs = 0
         for chunk in self.chunks:
-            work = work.plus(chunk.start, chunk.count)
-        return work
+            tokens += chunk.count
+            pairs += pairs_of(chunk.start, chunk.count)
+        return Work(tokens, pairs)
 
 
 class Sampled(NamedTuple):
@@ -73,18 +74,19 @@ class Plan:
 
     def compute(self, seq: Sequence) -> None:
         """Gives a sequence as much of what it needs as there is left."""
-        is_decode = seq.remaining == 1
+        remaining = seq.remaining
+        is_decode = remaining == 1
         bound = self._bound if self._decodes and not is_decode else None
-        count = min(seq.remaining, self.budget)
+        count = min(remaining, self.budget)
         if bound:
             count = min(count, bound.chunk(self._work, seq.computed, first=not self._prompts))
-        samples = count == seq.remaining and seq.sampling.max_tokens > 0
+        samples = count == remaining and seq.sampling.max_tokens > 0
         self.chunks.append(Chunk(seq, seq.computed, count, samples))
         self.budget -= count
         self._work = self._work.plus(seq.computed, count)
         self._decodes += is_decode
         self._prompts += not is_decode
-        if bound and (count < seq.remaining or bound.is_full(self._work)):
+        if bound and (count < remaining or bound.is_full(self._work)):
             self.budget = 0
 
     def preempt(self, seq: Sequence) -> None:

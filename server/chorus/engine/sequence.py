@@ -60,10 +60,10 @@ class Sequence:
     """Of the prompt's tokens from `sampling.prompt_logprobs_from` on, as far as they are known; kept when preempted."""
     counts: TokenCounts | None = None
     """How often it has which token, once a penalty needs it; kept up to date by `chorus.engine.penalties`."""
+    key: Key = field(init=False)
 
-    @property
-    def key(self) -> Key:
-        return self.request_id, self.index
+    def __post_init__(self) -> None:
+        self.key = self.request_id, self.index
 
     @property
     def length(self) -> int:
@@ -73,7 +73,7 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens to compute before the next one can be sampled: 1 while decoding."""
-        return self.length - self.computed
+        return len(self.prompt) + len(self.output) - self.computed
 
     @property
     def first_needed(self) -> int:

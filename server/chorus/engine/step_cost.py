@@ -33,11 +33,16 @@ class Work(NamedTuple):
 
     def plus(self, start: int, count: int) -> "Work":
         """With `count` more tokens, of a sequence that has `start` before them."""
-        return Work(self.tokens + count, self.pairs + count * start + count * (count + 1) // 2)
+        return Work(self.tokens + count, self.pairs + pairs_of(start, count))
 
     def minus(self, start: int, count: int) -> "Work":
         """Without what `plus` added."""
-        return Work(self.tokens - count, self.pairs - count * start - count * (count + 1) // 2)
+        return Work(self.tokens - count, self.pairs - pairs_of(start, count))
+
+
+def pairs_of(start: int, count: int) -> int:
+    """Pairs of `count` tokens that have `start` before them."""
+    return count * start + count * (count + 1) // 2
 
 
 class StepCost:
