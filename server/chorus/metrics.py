@@ -36,7 +36,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._tenants: set[str] = set()
-        self._tokens_by_label: dict[str, Counter] = {}
+        self._token_counters: dict[str, Counter] = {}
         self._request_histograms()
         self._request_counters()
         self._engine_gauges()
@@ -53,7 +53,7 @@ class Metrics:
         self._prompt_tokens.inc(prompt_tokens)
         label = self._tenant_label(tenant)
         self._tenant_requests.labels(label).inc()
-        self._tokens_of(label).inc(prompt_tokens)
+        self._token_counter(label).inc(prompt_tokens)
 
     def request_started(self, queue_s: float, cached_tokens: int) -> None:
         self._queue_time.observe(max(queue_s, 0.0))
@@ -65,7 +65,7 @@ class Metrics:
         """`since_arrival_s` is None but for a request's first tokens, `since_last_s` for an output's first ones."""
         self._generation_tokens.inc(count)
         known = tenant is None or tenant in self._tenants  # the last adapter may have gone while the stream runs
-        self._tokens_of(self._tenant_label(tenant) if known else OTHER_TENANT).inc(count)
+        self._token_counter(self._tenant_label(tenant) if known else OTHER_TENANT).inc(count)
         if since_arrival_s is not None:
             self._first_token.observe(since_arrival_s)
         if since_last_s is not None:
@@ -122,11 +122,11 @@ class Metrics:
             self._tenants.add(tenant)
         return tenant
 
-    def _tokens_of(self, label: str) -> Counter:
+    def _token_counter(self, label: str) -> Counter:
         """The tenant's counter, which prometheus_client takes longer to look up than to count up."""
-        counter = self._tokens_by_label.get(label)
+        counter = self._token_counters.get(label)
         if counter is None:
-            counter = self._tokens_by_label[label] = self._tenant_tokens.labels(label)
+            counter = self._token_counters[label] = self._tenant_tokens.labels(label)
         return counter
 
     def forget_tenant(self, tenant: str) -> None:
@@ -135,7 +135,7 @@ class Metrics:
             self._tenants.discard(tenant)
             self._tenant_requests.remove(tenant)
             self._tenant_tokens.remove(tenant)
-            self._tokens_by_label.pop(tenant, None)
+            self._token_counters.pop(tenant, None)
 
     def _request_histograms(self) -> None:
         self._first_token = self._histogram(

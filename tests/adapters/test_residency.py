@@ -129,9 +129,10 @@ def test_a_turn_does_not_look_at_versions_that_only_lie_there() -> None:
     residency._residents = Unlisted(residency._residents)
     residency.pin("b", "8")
     residency.request("d", "8")
-    while residency.waits:
+    for _ in range(10):
         residency.wait(5)
         residency.advance()
+    assert not residency.has_line
     assert residency.acquire("d", "8") is not None
     assert residency.counts == (4, 0, 1)
     assert residency.kinds_of(slots) == 1
@@ -141,15 +142,16 @@ def test_what_is_where_is_counted() -> None:
     residency = Residency(make_pool(rows=16), load_by_name)
     acquired(residency, "held")
     residency.pin("pinned", "8")
+    settle(residency)
     residency.request("waits", "8")
     settle(residency)
     assert residency.counts == (2, 1, 1)
-    assert residency.waits
+    assert residency.has_line
     assert (residency.is_pinned("pinned"), residency.is_pinned("held")) == (True, False)
     residency.unpin("pinned")
     residency.unload("waits")
     assert residency.counts == (2, 0, 0)
-    assert not residency.waits
+    assert not residency.has_line
     residency.pin("held", "8")
     residency.release("held")
     residency.unload("held")

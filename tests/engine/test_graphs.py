@@ -9,7 +9,7 @@ from torch import Tensor
 
 from chorus.adapters.pool import SlotSegment
 from chorus.engine import graphs
-from chorus.engine.graphs import SEEN_BEFORE, Shape, StepGraphs, shape_of
+from chorus.engine.graphs import SEEN_BEFORE, Shape, StaticStep, StepGraphs, shape_of
 from chorus.engine.layout import Layout, lay_out
 from chorus.engine.messages import Launch, Sampling
 from chorus.engine.schedule import Chunk
@@ -193,3 +193,14 @@ def test_launches_are_taken_once() -> None:
     recorded.run(layout((9, 2)))
     assert recorded.graphs.take_launches() == {Launch.PROMPT: 1, Launch.ADAPTER: 1}
     assert recorded.graphs.take_launches() == {}
+
+
+def test_a_recorded_step_is_written_anew_with_nothing_left_of_the_batch_before() -> None:
+    step = StaticStep(Shape(4, 0, 4, None, 0), POOL, (), block_size=16, scratch_block=9, device=torch.device("cpu"))
+    step.write(layout(*[(3, -1)] * 4), [True] * 4)
+    assert step.positions.tolist() == [2, 2, 2, 2]
+    step.write(layout((5, -1)), [False])
+    assert step.token_ids.tolist() == step.positions.tolist() == [4, 0, 0, 0]
+    assert step.is_long.tolist() == [0, 0, 0, 0]
+    with pytest.raises(ValueError, match="rows: 5, and the shape has 4"):
+        step.write(layout(*[(3, -1)] * 5), [False] * 5)

@@ -4,11 +4,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chorus.kernels import Norm, PackedWeight, residual_norm, silu_mul
 from chorus.kernels.native import packed_linear as native
@@ -159,20 +161,48 @@ def test_rows_are_looked_up_where_the_numbers_say_now() -> None:
         lambda x: torch.cat([x.cos(), x.sin() * 0.5], dim=-1),
         lambda x: torch.add(x, x.T, alpha=3)[1:],
         lambda x: x @ x.T,
+        lambda x: x[None] @ x.T,
+        lambda x: F.linear(x[None], x, x[0]),  # torch's variant that writes it where it is told to rounds once more
         lambda x: x.max(dim=0).values,  # of two results one
         lambda x: x.sum(),
+        lambda x: x.mean(-1, keepdim=True).rsqrt(),
+        lambda x: F.softmax(x, dim=-1, dtype=torch.float32),
+        lambda x: torch.where(x > 0, x, x.pow(2)),
         lambda x: F.embedding((x > 0).long(), x),
         lambda x: (x > 0).to(torch.int32).cumsum(0),
     ],
 )
-def test_operators_compute_again_where_their_results_were(compute: Callable[[Tensor], Tensor]) -> None:
-    x = noise(0, 8, 8)
-    replay = Tapes()(lambda: compute(compute(x.clone()).float().mean() + x))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_operators_compute_again_where_their_results_were(
+    compute: Callable[[Tensor], Tensor], dtype: torch.dtype
+) -> None:
+    x = noise(0, WIDTH, WIDTH).abs().to(dtype)
+    replay = Tapes()(lambda: compute(x))
     for seed in (1, 2):
-        x.copy_(noise(seed, 8, 8))
-        wanted, given = compute(compute(x.clone()).float().mean() + x), replay()
+        x.copy_(noise(seed, WIDTH, WIDTH).abs())
+        given, wanted = replay(), compute(x)
         assert torch.equal(given, wanted)
         assert (given.dtype, given.stride()) == (wanted.dtype, wanted.stride())
+
+
+class Asked(TorchDispatchMode):
+    """Notes the names of the operators that are asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func).removeprefix("aten."))
+        return func(*args, **(kwargs or {}))
+
+
+def test_results_are_written_to_where_they_are_kept_without_a_copy() -> None:
+    x = noise(0, 8, 8)
+    replay = Tapes()(lambda: torch.cat([x.cos() * 2, x]).bfloat16())
+    with Asked() as asked:
+        replay()
+    assert asked.names == ["cos.out", "mul.out", "cat.out", "copy_.default"]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ class RowLists:
         self.slots: list[int] = []
         for row in rows:
             new = row.end - row.start
-            if causal and new == 1:  # most of them: a third of the time
+            if causal and new == 1:  # a decode, as most rows are: this takes a third of what is below
                 position = row.context - 1
                 self.place.append(row.start)
                 self.context.append(row.context)

@@ -47,6 +47,7 @@ class AdapterPool:
         self.dtype = dtype
         self._device = device
         self.rows_total = sum(pages.rows_total for pages in self._pages.values())
+        """Rank rows of all sites together; so is `rows_used`."""
         self.rows_used = 0
         self._slots: dict[int, _Placed] = {}
         self._embeddings = {name for name, site in sites.items() if site.is_embedding}
@@ -114,6 +115,12 @@ class AdapterPool:
             self.rows_used -= pages_of(len(rows)) * PAGE_ROWS
         for key in [key for key in self._plans if any(segment.slot == slot for segment in key)]:
             del self._plans[key]
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when a page belongs to nobody, or to two."""
+        owned = sum(pages.rows_used for pages in self._pages.values())
+        listed = sum(pages_of(len(rows)) * PAGE_ROWS for slot in self._slots.values() for rows in slot.rows.values())
+        assert owned == listed == self.rows_used, f"rank rows leaked: {owned} owned, {listed} of adapters"
 
     def plans(self, segments: Sequence[SlotSegment]) -> dict[str, LowRankPlan]:
         """For each site that the batch's adapters change, how to compute their deltas there."""

@@ -54,7 +54,7 @@ class LoadedHost(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Versions on the device, versions in host memory that wait for room there, and pinned ones wherever they are."""
+    """Versions on the device, those in host memory that wait for room on the device, pinned ones wherever they are."""
 
     device: int
     host: int
@@ -83,7 +83,6 @@ class Resident:
     hits: int = 0
     last_used: int = 0
     wanted_at: int = 0
-    yielding: bool = False
     kind: str = ""
     max_rank: int = 0
     rank_rows: int = 0
@@ -120,11 +119,12 @@ class Residency:
         self._on_ready = on_ready
         self._executor = executor or LoaderThreads(LOADERS)
         self._residents: dict[str, Resident] = {}
-        # Parts of these, so that a turn costs no more with many of them.
+        # Those without a slot in order of request, and those with one by slot: while there is room for all who ask, a
+        # turn looks at nobody who only lies there.
         self._in_line: dict[str, Resident] = {}
         self._on_device: dict[int, Resident] = {}
-        self._yielding: list[Resident] = []
         self._pinned: set[str] = set()
+        self._yielding: set[str] = set()
         self._turn = 0
         self._fresh_turns = fresh_turns
         self._patience_turns = patience_turns
@@ -146,7 +146,7 @@ class Residency:
     def acquire(self, digest: str, path: str) -> int | None:
         """The version's slot, with a reference taken; None while it is not there (its load is under way) or yields."""
         resident = self.request(digest, path)
-        if resident.slot is None or resident.yielding:
+        if resident.slot is None or digest in self._yielding:
             return None
         resident.refs += 1
         resident.last_used = self._turn
@@ -216,15 +216,17 @@ class Residency:
         return list(self._residents.values())
 
     def is_pinned(self, digest: str) -> bool:
+        """Whether the operator keeps a version that is here."""
         return digest in self._pinned
 
     @property
-    def waits(self) -> bool:
+    def has_line(self) -> bool:
         """Whether a version is on its way to the device, or waits for room."""
         return bool(self._in_line)
 
     @property
     def counts(self) -> Counts:
+        """How many versions are where."""
         ready = sum(resident.host is not None for resident in self._in_line.values())
         return Counts(len(self._on_device), ready, len(self._pinned))
 
@@ -240,7 +242,8 @@ class Residency:
         on_device = [r for r in self._residents.values() if r.slot is not None]
         assert {r.slot: r for r in on_device} == self._on_device, "a slot is lost, or somebody else's"
         assert {r.digest for r in self._residents.values() if r.slot is None} == self._in_line.keys(), "lost in line"
-        assert self._pinned <= self._residents.keys(), "pinned, and not there"
+        assert self._pinned | self._yielding <= self._residents.keys(), "pinned or yielding, and not there"
+        self._pool.check_integrity()
         assert sum(r.rank_rows for r in on_device) == self._pool.rows_used, "rank rows leaked or shared"
         assert all(r.refs >= 0 for r in on_device), "negative references"
 
@@ -316,16 +319,14 @@ class Residency:
         """One resident after the other, the longest there first, while the first in line finds no room."""
         if has_room:
             self._turns_without_room = 0
-            for resident in self._yielding:
-                resident.yielding = False
             self._yielding.clear()
             return
         self._turns_without_room += 1
         if self._turns_without_room % self._patience_turns == 0:
-            staying = (r for r in self._on_device.values() if not self.is_pinned(r.digest) and not r.yielding)
+            exempt = self._pinned | self._yielding
+            staying = (r for r in self._on_device.values() if r.digest not in exempt)
             if longest := min(staying, key=lambda r: r.slot or 0, default=None):
-                longest.yielding = True
-                self._yielding.append(longest)
+                self._yielding.add(longest.digest)
 
     def _victim(self) -> Resident | None:
         candidates = [
@@ -345,4 +346,5 @@ class Residency:
         if resident.loading is not None:
             resident.loading.cancel()
         self._pinned.discard(resident.digest)
+        self._yielding.discard(resident.digest)
         del self._residents[resident.digest]

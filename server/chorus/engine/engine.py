@@ -12,7 +12,7 @@ from chorus.adapters.checks import Checks, check
 from chorus.adapters.digest import read_verified
 from chorus.adapters.pool import AdapterPool
 from chorus.adapters.records import CheckedAdapter
-from chorus.adapters.residency import NO_ADAPTER_ROOM, LoadedHost, LoadOutcome, Residency
+from chorus.adapters.residency import NO_ADAPTER_ROOM, LoadedHost, LoadOutcome, Residency, Resident
 from chorus.engine import blame
 from chorus.engine import messages as m
 from chorus.engine.evaluate import Launched, launch
@@ -106,7 +106,7 @@ class Engine:
     @property
     def has_waiting(self) -> bool:
         """True while time alone can bring work: a deadline, or room for an adapter that waits for it."""
-        return self.scheduler.waiting > 0 or self.residency.waits
+        return self.scheduler.waiting > 0 or self.residency.has_line
 
     def step(self, commands: Iterable[m.Command]) -> m.StepEvents:
         """Takes the commands in, runs the base once over what the scheduler chose, tells what came of it.
@@ -226,15 +226,9 @@ class Engine:
             events += [failed(request_id, error) for request_id in self.scheduler.fail_adapter(outcome.digest)]
 
     def _residency_report(self, query_id: int) -> m.ResidencyReport:
-        pinned = self.residency.is_pinned
         return m.ResidencyReport(
             query_id=query_id,
-            adapters=tuple(
-                m.ResidentAdapter(
-                    *(r.digest, r.tier.value, r.bytes, r.rank_rows, r.max_rank, r.refs, pinned(r.digest), r.hits)
-                )
-                for r in self.residency.residents()
-            ),
+            adapters=tuple(map(self._resident_adapter, self.residency.residents())),
             rows_total=self._pool.rows_total,
             rows_used=self._pool.rows_used,
             bytes_total=self._pool.bytes_total,
@@ -243,11 +237,23 @@ class Engine:
             kv_blocks_used=self.blocks.num_blocks - self.blocks.free_count,
         )
 
+    def _resident_adapter(self, version: Resident) -> m.ResidentAdapter:
+        return m.ResidentAdapter(
+            digest=version.digest,
+            tier=version.tier.value,
+            bytes=version.bytes,
+            rank_rows=version.rank_rows,
+            max_rank=version.max_rank,
+            refs=version.refs,
+            pinned=self.residency.is_pinned(version.digest),
+            hits=version.hits,
+        )
+
     def _stats(self, schedule: Schedule, ended: Ended | None, began: float) -> m.StepStats:
         """Of the step that has ended in this turn, if one has, and of what was scheduled and is there now."""
         chunks = ended.flight.schedule.chunks if ended else ()
         slots = ended.flight.slots if ended else set()
-        resident, graphs = self.residency.counts, self._runner.graphs
+        versions, graphs = self.residency.counts, self._runner.graphs
         evictions, hits, pages = self._counted
         self._counted = (self.residency.evictions, self.residency.hits, self.blocks.evictions)
         return m.StepStats(
@@ -267,9 +273,9 @@ class Engine:
             kv_kept=self.blocks.kept_count / self.blocks.num_blocks,
             page_evictions=self.blocks.evictions - pages,
             pool_usage=self._pool.rows_used / self._pool.rows_total,
-            resident_device=resident.device,
-            resident_host=resident.host,
-            pinned=resident.pinned,
+            resident_device=versions.device,
+            resident_host=versions.host,
+            pinned=versions.pinned,
             launches=graphs.take_launches() if ended and graphs is not None else {},
             graphs=graphs.held if graphs is not None else 0,
         )

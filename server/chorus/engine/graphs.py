@@ -125,10 +125,10 @@ class StaticStep:
         Raises:
             ValueError: more than the shape holds, or a page that is none: what is recorded writes where it is told.
         """
-        if len(layout.token_ids) > self._rows:
-            raise ValueError(f"rows: {len(layout.token_ids)}, and the shape has {self._rows}")
         filled = array("q")
         for numbers in (layout.carried or layout.token_ids, layout.positions, is_long, layout.logit_rows):
+            if len(numbers) > self._rows:
+                raise ValueError(f"rows: {len(numbers)}, and the shape has {self._rows}")
             filled.extend(numbers)
             filled.extend(repeat(0, self._rows - len(numbers)))
         write(self._inputs, torch.frombuffer(filled, dtype=torch.int64).view_as(self._inputs))

@@ -61,6 +61,7 @@ class Sequence:
     counts: TokenCounts | None = None
     """How often it has which token, once a penalty needs it; kept up to date by `chorus.engine.penalties`."""
     key: Key = field(init=False)
+    """What it is found by."""
 
     def __post_init__(self) -> None:
         self.key = self.request_id, self.index

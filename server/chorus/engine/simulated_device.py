@@ -86,6 +86,9 @@ class SimulatedPool:
         self.rows_used = 0
         self.loads = 0
 
+    def check_integrity(self) -> None:
+        assert self.rows_used == sum(self._slots.values()), "bytes leaked"
+
     def rows_of(self, adapter: SimulatedAdapter) -> int:
         return adapter.size
 

@@ -16,7 +16,7 @@ from chorus.engine.messages import Command, Early, StepEvents
 from chorus.engine.wire import Died, Frames, Ready, Refused, Start, Steps, frame, from_engine
 from chorus.errors import BY_CODE, InternalError
 
-_PIECE = 1 << 16
+_PIECE = 1 << 16  # bytes; memory for larger ones comes from the system anew each time
 _STOP_S = 10.0
 
 

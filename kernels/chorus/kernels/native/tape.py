@@ -146,12 +146,12 @@ class _Recording(TorchDispatchMode):
         changes = func._schema.is_mutable
         if not changes and {_storage(result) for result in results} <= {_storage(tensor) for tensor in given}:
             return out  # views
-        args, kwargs = self._unowned(args), self._unowned(kwargs or {})
+        unowned = self._unowned
         if changes:
-            self._steps.append(partial(func, *args, **kwargs))
+            self._steps.append(partial(func, *unowned(args), **unowned(kwargs or {})))
             return out
         kept = tree_map(lambda new: self._memory.empty(new).copy_(new), out)
-        self._steps.append(_again(func, args, kwargs, self._unowned(kept)))
+        self._steps.append(_again(func, unowned(args), unowned(kwargs or {}), unowned(kept)))
         return kept
 
     def _unowned(self, tree: Any) -> Any:
@@ -159,27 +159,29 @@ class _Recording(TorchDispatchMode):
 
 
 def _again(func: Any, args: Any, kwargs: Any, kept: Any) -> Callable[[], object]:
-    """What computes the same again into `kept`: without a copy where torch can write the result there."""
+    """The same call with its results in `kept`, mostly without a copy."""
     if func in _CASTS:
         return partial(kept.copy_, args[0])
-    if isinstance(kept, Tensor) and (found := _writing(func)) is not None:
-        writing, name = found
-        return partial(writing, *args, **kwargs, **{name: kept})
+    if isinstance(kept, Tensor) and (variant := _out_variant(func)) is not None:
+        operator, name = variant
+        return partial(operator, *args, **kwargs, **{name: kept})
     return partial(_compute_again, partial(func, *args, **kwargs), tree_leaves(kept))
 
 
 @cache
-def _writing(func: Any) -> tuple[Any, str] | None:
-    """The operator that writes the one result where it is told to, in the argument of this name; None if there is none.
+def _out_variant(func: Any) -> tuple[Any, str] | None:
+    """The overload with one argument more, which the result is written to, and that argument's name.
 
-    Told apart from others of its name by taking the same arguments besides.
+    None for composites: `linear.out` adds a bias in a pass of its own, and so rounds once more than `linear`.
     """
-    packet = func.overloadpacket
-    for other in (getattr(packet, name) for name in packet.overloads()):
-        written = [a.name for a in other._schema.arguments if a.is_out]
-        others = [(a.name, str(a.type)) for a in other._schema.arguments if not a.is_out]
-        if len(written) == 1 and others == [(a.name, str(a.type)) for a in func._schema.arguments]:
-            return other, written[0]
+    if func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+        return None
+    packet, taken = func.overloadpacket, [(a.name, str(a.type)) for a in func._schema.arguments]
+    for name in packet.overloads():
+        arguments = getattr(packet, name)._schema.arguments
+        written = [a.name for a in arguments if a.is_out]
+        if len(written) == 1 and [(a.name, str(a.type)) for a in arguments if not a.is_out] == taken:
+            return getattr(packet, name), written[0]
     return None
 
 
