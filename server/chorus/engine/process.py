@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from chorus import logs
+from chorus import garbage, logs
 from chorus.config import ServerConfig
 from chorus.errors import ChorusError
 
@@ -49,7 +49,8 @@ def _serve(link: socket.socket) -> None:
     from chorus.engine.wire import Frames, Refused, frame, to_engine
 
     try:
-        with ThreadPoolExecutor(1) as builder:  # gone with its OpenMP threads, see `adapters.loader_threads`
+        # The builder is gone with its OpenMP threads, see `adapters.loader_threads`.
+        with garbage.of_a_start(), ThreadPoolExecutor(1) as builder:
             engine, ready = builder.submit(_build, config, link).result()
     except ChorusError as error:
         link.sendall(frame(Refused(error.code, error.reason, error.message)))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from chorus import logs
+from chorus import garbage, logs
 from chorus.config import ServerConfig
 
 if TYPE_CHECKING:
@@ -45,10 +45,11 @@ def serve(config: ServerConfig, *, on_ready: Callable[["Endpoints", "MemoryPlan"
 
     engine = EngineProcess(config)
     try:
-        # What is slow to import is imported while the engine loads; transformers' models alone take 2 s.
-        import chorus.models.checkpoint
-        import chorus.models.tokenizer
-        import chorus.services.assembly  # noqa: F401
+        with garbage.of_a_start():
+            # What is slow to import is imported while the engine loads; transformers' models alone take 2 s.
+            import chorus.models.checkpoint
+            import chorus.models.tokenizer
+            import chorus.services.assembly  # noqa: F401
 
         ready = engine.load()
         log.info("the engine is process %d", engine.pid)
