@@ -4,6 +4,7 @@ Packages, a model, compiled kernels: while they come, full collections look at a
 of 4.3, and find next to nothing. Once a server runs, each one takes 0.2 s, in which nobody decodes.
 """
 
+import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,3 +23,4 @@ def of_a_start() -> Iterator[None]:
     finally:
         gc.set_threshold(*usual)
         gc.freeze()
+        atexit.register(gc.unfreeze)  # packages complain of what is left of theirs when the interpreter is gone
