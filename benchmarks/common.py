@@ -97,11 +97,12 @@ def median_seconds(work: Callable[[], object], repeats: int = 20) -> float:
     return statistics.median(times)
 
 
-def peer_dtype(device: str) -> torch.dtype:
-    """What others are best run in: bfloat16, but float32 on a CPU where torch computes that several times faster."""
+def peer_dtype(device: str, dtype: torch.dtype = torch.bfloat16) -> torch.dtype:
+    """In which dtype others are best given numbers of `dtype`: the same, but float32 for bfloat16 on a CPU where torch
+    computes that several times faster."""
     from chorus.kernels.cpu_products import product_dtype  # vLLM's process, which has no Chorus, is told
 
-    return product_dtype(torch.bfloat16) if device == "cpu" else torch.bfloat16
+    return product_dtype(dtype) if device == "cpu" else dtype
 
 
 def copy_bandwidth(device: str) -> float:

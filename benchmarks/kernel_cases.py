@@ -155,7 +155,7 @@ def low_rank_contestants(case: LowRankCase) -> dict[str, Work]:
     """Ours, a loop, a bmm, and one GEMM over all adapters' rank rows, each of which adds the deltas to y; the base
     linears, for scale. Others have the dtype that is best for them."""
     count, widest = len(case.segments), max(len(s.pool_rows) for s in case.segments)
-    dtype = peer_dtype(case.x[0].device.type)
+    dtype = peer_dtype(case.x[0].device.type, case.x[0].dtype)
     xs = [x.to(dtype) for x in case.x]
     linears = [(x, weight.to(dtype)) for x, weight in zip(xs, case.weight, strict=True)]
     pools = [(pool.a.to(dtype), pool.b.to(dtype)) for pool in case.pool]
