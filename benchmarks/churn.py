@@ -3,20 +3,22 @@
     python benchmarks/churn.py [--rounds 5] [--streams 4] [--per-second 10] [--json]
 
 A live server of the embedded base whose adapter memory holds few. Streams decode over the base and an adapter that
-stays; meanwhile others are asked for, each of which has to be loaded and evicts one. Prints p50 and p99 of the times
-between a stream's messages, and with --json one JSON line last; a row goes to results/churn.jsonl.
+stays; meanwhile a client in another process asks for others, each of which has to be loaded and evicts one. Prints p50
+and p99 of the times between a stream's messages, and with --json one JSON line last; a row goes to results/churn.jsonl.
 """
 
 import argparse
 import asyncio
 import itertools
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -48,31 +50,60 @@ async def decode(client: AsyncClient, streams: int) -> list[float]:
     return [gap for gaps in await asyncio.gather(*(one(i) for i in range(streams))) for gap in gaps]
 
 
-async def come_and_go(client: AsyncClient, per_second: float, names: Iterator[str], loads: list[float]) -> None:
-    """Asks for a token of one adapter after the other, until cancelled; `loads` gets the seconds of each load."""
-    while True:
-        began = time.perf_counter()
-        answer = await client.generate([20, 21], adapter=f"{TENANT}/{next(names)}", max_tokens=1)
-        if answer.timing.adapter_load > 0:
-            loads.append(answer.timing.adapter_load)
-        await asyncio.sleep(max(1 / per_second - (time.perf_counter() - began), 0))
+def come_and_go(server: str, per_second: float, pipe: Connection) -> None:
+    """The other client. Says when it is there.
+
+    From one word to the next it asks for a token of one adapter after the other, at least once, and answers with the
+    seconds of each load. It ends with False.
+    """
+
+    async def ask() -> None:
+        names = itertools.cycle([adapter_name(i) for i in range(1, PASSING + 1)])
+        async with AsyncClient(server) as client:
+            pipe.send("ready")
+            while pipe.recv():
+                loads = []
+                while not (loads and pipe.poll()):
+                    began = time.perf_counter()
+                    answer = await client.generate([20, 21], adapter=f"{TENANT}/{next(names)}", max_tokens=1)
+                    if answer.timing.adapter_load > 0:
+                        loads.append(answer.timing.adapter_load)
+                    await asyncio.sleep(max(1 / per_second - (time.perf_counter() - began), 0))
+                pipe.recv()
+                pipe.send(loads)
+
+    asyncio.run(ask())
 
 
-async def measure(client: AsyncClient, arguments: argparse.Namespace) -> dict[str, Any]:
-    names = itertools.cycle([adapter_name(i) for i in range(1, PASSING + 1)])
+@contextmanager
+def passing(server: str, per_second: float) -> Iterator[Connection]:
+    """Who comes and goes, in a process of its own: it is not they who decode, and must not keep their event loop."""
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=come_and_go, args=(server, per_second, theirs))
+    process.start()
+    theirs.close()  # the only other end is the process's: if that dies, reading from it fails
+    try:
+        ours.recv()
+        yield ours
+        ours.send(False)
+    finally:
+        ours.close()
+        process.join()
+
+
+async def measure(client: AsyncClient, others: Connection, arguments: argparse.Namespace) -> dict[str, Any]:
     gaps: dict[str, list[list[float]]] = {"quiet": [], "churn": []}
     loads: list[float] = []
     seconds = 0.0
     await decode(client, arguments.streams)
     for _ in range(arguments.rounds):
         gaps["quiet"].append(await decode(client, arguments.streams))
-        passing = asyncio.create_task(come_and_go(client, arguments.per_second, names, loads))
+        others.send(True)
         began = time.perf_counter()
         gaps["churn"].append(await decode(client, arguments.streams))
+        others.send(True)
+        loads += await asyncio.to_thread(others.recv)
         seconds += time.perf_counter() - began
-        passing.cancel()
-        with suppress(asyncio.CancelledError):
-            await passing
     row: dict[str, Any] = {"loads_per_second": len(loads) / seconds}
     for which, rounds in gaps.items():
         for percent in (50, 99):
@@ -90,8 +121,9 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             for i in range(PASSING + 1):
                 path = write_adapter(shape, folder / adapter_name(i), i, [RANK])
                 await client.push(path, tenant=TENANT, name=adapter_name(i))
-            others = Others()
-            return {**await measure(client, arguments), "others_cores": others.refuse()}
+            with passing(server.inference, arguments.per_second) as pipe:
+                others = Others()
+                return {**await measure(client, pipe, arguments), "others_cores": others.refuse()}
 
 
 def main() -> None:

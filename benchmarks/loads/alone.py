@@ -6,7 +6,6 @@ from time import sleep
 
 import torch
 
-from chorus import garbage
 from chorus.adapters import artifact as artifacts
 from chorus.adapters.digest import version_digest
 from chorus.config import ServerConfig
@@ -21,10 +20,9 @@ def alone(config: ServerConfig) -> tuple[Engine, Base, MemoryPlan]:
     """What `chorus serve` would run with this configuration."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with garbage.of_a_start():
-        base = load_base(config.model, device=config.device, dtype=config.dtype, load_format=config.load_format)
-        memory = plan_memory(base, config)
-        return engine_of(base, memory, config), base, memory
+    base = load_base(config.model, device=config.device, dtype=config.dtype, load_format=config.load_format)
+    memory = plan_memory(base, config)
+    return engine_of(base, memory, config), base, memory
 
 
 def load_adapters(engine: Engine, base: Base, folders: Sequence[Path]) -> tuple[list[m.AdapterRef], list[m.Loaded]]:
