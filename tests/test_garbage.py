@@ -1,6 +1,8 @@
 """What came while a server started is not looked at by a collection any more."""
 
 import gc
+import subprocess
+import sys
 import weakref
 from collections.abc import Iterator
 
@@ -41,3 +43,18 @@ def test_collections_are_as_usual_afterwards_even_if_the_start_failed() -> None:
     with pytest.raises(ZeroDivisionError), garbage.of_a_start():
         1 / 0  # noqa: B018
     assert gc.get_threshold() == usual
+
+
+GIVEN_BACK = """
+import atexit, gc
+atexit.register(lambda: print(gc.get_freeze_count()))
+from chorus import garbage
+with garbage.of_a_start():
+    pass
+print(gc.get_freeze_count() > 1000)
+"""
+
+
+def test_what_is_frozen_is_given_back_before_the_interpreter_ends() -> None:
+    done = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "0"]

@@ -37,6 +37,7 @@ class RankPagesMachine(RuleBasedStateMachine):
         assert len(rows) == len(set(rows))
         assert all(0 <= row < ROWS for row in rows)
         assert self.pages.rows_used == len({row // PAGE_ROWS for row in rows}) * PAGE_ROWS
+        self.pages.check_integrity(self.owned)
 
 
 TestRankPages = RankPagesMachine.TestCase
@@ -51,6 +52,18 @@ def test_neighbours_where_possible_scattered_where_not() -> None:
     pages.free(a)
     assert pages.allocate(9) == (*range(0, 8), 24)
     assert pages.allocate(1) is None
+
+
+def test_a_page_of_nobody_or_of_two_is_found() -> None:
+    pages = RankPages(24)
+    one, two = pages.allocate(8), pages.allocate(3)
+    assert one is not None
+    assert two is not None
+    pages.check_integrity([two, one])
+    with pytest.raises(AssertionError, match="leaked"):
+        pages.check_integrity([one])
+    with pytest.raises(AssertionError, match="two owners"):
+        pages.check_integrity([one, two, two])
 
 
 def test_freeing_twice_is_refused() -> None:

@@ -202,5 +202,6 @@ def test_a_recorded_step_is_written_anew_with_nothing_left_of_the_batch_before()
     step.write(layout((5, -1)), [False])
     assert step.token_ids.tolist() == step.positions.tolist() == [4, 0, 0, 0]
     assert step.is_long.tolist() == [0, 0, 0, 0]
-    with pytest.raises(ValueError, match="rows: 5, and the shape has 4"):
-        step.write(layout(*[(3, -1)] * 5), [False] * 5)
+    for rows, is_long in ((5, 5), (4, 5)):
+        with pytest.raises(ValueError, match="rows: 5, and the shape has 4"):
+            step.write(layout(*[(3, -1)] * rows), [False] * is_long)

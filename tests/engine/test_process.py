@@ -23,3 +23,24 @@ def test_a_step_runs_on_as_many_threads_as_the_operator_says(tmp_path: Path) -> 
         [sys.executable, "-c", THREADS_OF_A_STEP, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["3"]
+
+
+WHAT_STAYS = """
+import gc, socket, sys, threading
+from pathlib import Path
+from chorus.config import ServerConfig
+from chorus.engine.process import _serve
+from chorus.engine.wire import Frames, Start, frame, from_engine
+
+ours, theirs = socket.socketpair()
+ours.sendall(frame(Start(ServerConfig(state_dir=Path(sys.argv[1])).model_dump_json())))
+threading.Thread(target=_serve, args=(theirs,)).start()
+(ready,) = Frames(from_engine).feed(ours.recv(1 << 16))
+print(type(ready).__name__, gc.get_freeze_count() > 100_000, flush=True)
+ours.close()
+"""
+
+
+def test_collections_do_not_look_at_what_an_engine_started_with(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", WHAT_STAYS, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["Ready", "True"]

@@ -165,7 +165,7 @@ def test_rows_are_looked_up_where_the_numbers_say_now() -> None:
         lambda x: F.linear(x[None], x, x[0]),  # torch's variant that writes it where it is told to rounds once more
         lambda x: x.max(dim=0).values,  # of two results one
         lambda x: x.sum(),
-        lambda x: x.mean(-1, keepdim=True).rsqrt(),
+        lambda x: x.square().mean(-1, keepdim=True).rsqrt(),
         lambda x: F.softmax(x, dim=-1, dtype=torch.float32),
         lambda x: torch.where(x > 0, x, x.pow(2)),
         lambda x: F.embedding((x > 0).long(), x),
@@ -176,10 +176,10 @@ def test_rows_are_looked_up_where_the_numbers_say_now() -> None:
 def test_operators_compute_again_where_their_results_were(
     compute: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> None:
-    x = noise(0, WIDTH, WIDTH).abs().to(dtype)
-    replay = Tapes()(lambda: compute(x))
+    x = noise(0, WIDTH, WIDTH).to(dtype)
+    replay = Tapes()(lambda: compute(x.clone()))
     for seed in (1, 2):
-        x.copy_(noise(seed, WIDTH, WIDTH).abs())
+        x.copy_(noise(seed, WIDTH, WIDTH))
         given, wanted = replay(), compute(x)
         assert torch.equal(given, wanted)
         assert (given.dtype, given.stride()) == (wanted.dtype, wanted.stride())

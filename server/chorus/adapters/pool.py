@@ -117,10 +117,10 @@ class AdapterPool:
             del self._plans[key]
 
     def check_integrity(self) -> None:
-        """Raises AssertionError when a page belongs to nobody, or to two."""
-        owned = sum(pages.rows_used for pages in self._pages.values())
-        listed = sum(pages_of(len(rows)) * PAGE_ROWS for slot in self._slots.values() for rows in slot.rows.values())
-        assert owned == listed == self.rows_used, f"rank rows leaked: {owned} owned, {listed} of adapters"
+        """Raises AssertionError when a page of a site belongs to nobody, or to two, or rows are miscounted."""
+        for name, pages in self._pages.items():
+            pages.check_integrity(slot.rows[name] for slot in self._slots.values() if name in slot.rows)
+        assert self.rows_used == sum(pages.rows_used for pages in self._pages.values()), "rank rows are miscounted"
 
     def plans(self, segments: Sequence[SlotSegment]) -> dict[str, LowRankPlan]:
         """For each site that the batch's adapters change, how to compute their deltas there."""

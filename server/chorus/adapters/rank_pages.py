@@ -4,6 +4,9 @@ Rows are handed out in pages of 8, neighbours where possible (a contiguous run i
 be gathered). The last page of an adapter may be partly empty; nothing else is wasted.
 """
 
+from collections import Counter
+from collections.abc import Iterable
+
 PAGE_ROWS = 8
 
 
@@ -45,6 +48,13 @@ class RankPages:
                 raise ValueError(f"page {page} was not allocated")
             self._owned[page] = False
             self._free += 1
+
+    def check_integrity(self, owners: Iterable[tuple[int, ...]]) -> None:
+        """Raises AssertionError when a page belongs to nobody, or to two: `owners` are all that `allocate` gave."""
+        pages = Counter(page for rows in owners for page in {row // PAGE_ROWS for row in rows})
+        assert all(count == 1 for count in pages.values()), "a page has two owners"
+        assert set(pages) == {page for page, owned in enumerate(self._owned) if owned}, "a page leaked"
+        assert self._free == len(self._owned) - len(pages), "pages are miscounted"
 
     def _contiguous(self, count: int) -> list[int] | None:
         """The first run of `count` free pages."""

@@ -28,7 +28,7 @@ from chorus.errors import ChorusError
 log = logging.getLogger("chorus.engine.process")
 
 EXIT_DIED = 70
-_PIECE = 1 << 16
+_PIECE = 1 << 16  # bytes
 _SWITCH_SECONDS = 0.0005  # that the step thread waits for the interpreter while a loader computes; Python's own is 5 ms
 
 

@@ -87,7 +87,8 @@ class SimulatedPool:
         self.loads = 0
 
     def check_integrity(self) -> None:
-        assert self.rows_used == sum(self._slots.values()), "bytes leaked"
+        """Raises AssertionError when bytes are miscounted."""
+        assert self.rows_used == sum(self._slots.values()), "bytes are miscounted"
 
     def rows_of(self, adapter: SimulatedAdapter) -> int:
         return adapter.size
