@@ -62,7 +62,7 @@ def come_and_go(server: str, per_second: float, pipe: Connection) -> None:
         async with AsyncClient(server) as client:
             pipe.send("ready")
             while pipe.recv():
-                loads = []
+                loads: list[float] = []
                 while not (loads and pipe.poll()):
                     began = time.perf_counter()
                     answer = await client.generate([20, 21], adapter=f"{TENANT}/{next(names)}", max_tokens=1)
