@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from typing import Any
 
 import grpc
 
+from chorus import huge_pages
 from common import or_toy, record, wait_until_quiet
 from loads.live_server import live_server
 
@@ -137,7 +139,9 @@ def ask(pipe: Connection, what: str) -> Any:
 
 def measure(rounds: int, streams: int, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, live_server(Path(folder), "--threads", str(threads)) as server:
-        engine, client = start(serve_engine, streams, threads), start(serve_client, server.inference, streams)
+        client = start(serve_client, server.inference, streams)
+        os.environ |= huge_pages.asked_for(os.environ)  # as the server's engine
+        engine = start(serve_engine, streams, threads)
         pairs = [(ask(engine, "all"), ask(client, "all")) for _ in range(rounds + 1)][1:]
         queued = sorted(ask(client, "idle"))
         for pipe in (engine, client):

@@ -20,6 +20,7 @@ from operator import mul
 from pathlib import Path
 from typing import Any
 
+from chorus import huge_pages
 from chorus.client.aio import AsyncClient
 from chorus.config import ServerConfig
 from chorus.engine.memory import BLOCK_SIZE
@@ -222,4 +223,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    huge_pages.start_again()  # as a server's engine
     main()

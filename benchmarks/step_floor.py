@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from chorus import huge_pages
 from common import SHAPE_144M, matmul_rate, median_seconds, peer_dtype, read_bandwidth
 from peers.process import serve
 from peers.work import RANK, REQUESTS
@@ -76,4 +77,5 @@ class StepFloor:
 
 
 if __name__ == "__main__":
+    huge_pages.start_again()  # the least with them, too
     serve(lambda: StepFloor(sys.argv[1]).measure)

@@ -4,6 +4,7 @@ No call here waits for the engine but `start` and `stop`: what the socket does n
 """
 
 import asyncio
+import os
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Self
 
+from chorus import huge_pages
 from chorus.config import ServerConfig
 from chorus.engine.messages import Command, Early, StepEvents
 from chorus.engine.wire import Died, Frames, Ready, Refused, Start, Steps, frame, from_engine
@@ -31,7 +33,12 @@ class EngineProcess:
         with theirs:
             # -P: the folder that it runs in is no place to import from.
             command = [sys.executable, "-P", "-m", "chorus.engine.process", str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                env=huge_pages.asked_for(os.environ),
+            )
         self._frames = Frames(from_engine)
         self._unsent = bytearray()
         self._last_words = ""
