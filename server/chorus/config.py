@@ -43,6 +43,9 @@ class ServerConfig(BaseModel):
 
     kv_cache_mb: int = Field(default=512, ge=1, description="Memory for keys and values, MiB.")
     adapter_memory_mb: int = Field(default=256, ge=1, description="Memory for adapters on the device, MiB.")
+    adapter_host_mb: int = Field(
+        default=256, ge=0, description="Host memory for copies of adapters, read again only without one, MiB."
+    )
     max_rank: int = Field(default=128, ge=1, le=1024, description="The largest adapter rank accepted.")
     max_rows: int = Field(default=64, ge=1, le=4096, description="Requests that run at the same time, at most.")
     threads: int | None = Field(

@@ -24,6 +24,7 @@ REQUEST_BUCKETS = (
 )
 STEP_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 COUNT_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+TIERS = ("device", "host")
 LOAD_STAGES = ("resolve", "read", "validate", "host", "device")
 MAX_TENANTS = 200
 OTHER_TENANT = "other"
@@ -91,7 +92,9 @@ class Metrics:
         self._preemptions.inc(stats.preemptions)
         self._page_evictions.inc(stats.page_evictions)
         self._evictions.labels("device").inc(stats.evictions)
+        self._evictions.labels("host").inc(stats.host_evictions)
         self._hits.labels("device").inc(stats.adapter_hits)
+        self._hits.labels("host").inc(stats.host_hits)
         if events.ran:
             self._steps.inc()
             for how, count in stats.launches.items():
@@ -180,7 +183,7 @@ class Metrics:
         )
         self._pool_usage = self._gauge("chorus_adapter_pool_usage_ratio", "Share of the rank rows in use, 0 to 1.")
         self._resident = self._gauge("chorus_adapters_resident", "Adapter versions in memory.", "tier")
-        for tier in ("device", "host"):
+        for tier in TIERS:
             self._resident.labels(tier)
         self._pinned = self._gauge("chorus_adapter_pinned", "Pinned adapter versions.")
 
@@ -194,7 +197,8 @@ class Metrics:
         self._evictions = self._counter("chorus_adapter_evictions_total", "Versions evicted.", "tier")
         self._hits = self._counter("chorus_adapter_hits_total", "Requests that found their version.", "tier")
         for counter in (self._evictions, self._hits):
-            counter.labels("device")
+            for tier in TIERS:
+                counter.labels(tier)
         self._steps = self._counter("chorus_engine_steps_total", "Forward passes.")
         self._launches = self._counter(
             "chorus_graph_steps_total",

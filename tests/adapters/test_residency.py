@@ -239,6 +239,112 @@ def test_an_adapter_larger_than_the_pool_is_refused_by_site() -> None:
     assert "q" in outcome.error.message
 
 
+class Reader:
+    """Loads by name, and remembers what it was asked to read."""
+
+    def __init__(self) -> None:
+        self.read: list[str] = []
+
+    def __call__(self, digest: str, path: str) -> LoadedHost:
+        self.read.append(digest)
+        return load_by_name(digest, path)
+
+
+# What `lowered(8)` takes in float32: A and B at two sites.
+BYTES_8 = 2 * 8 * (4 + 6) * 4
+
+
+def visited(residency: Residency, digest: str, path: str = "8") -> LoadOutcome:
+    """Asks for a version until it has come to the device, and leaves it there."""
+    residency.request(digest, path)
+    outcomes = [outcome for _ in range(4) for outcome in settle(residency)]
+    residency.check_integrity()
+    (outcome,) = (outcome for outcome in outcomes if outcome.digest == digest)
+    return outcome
+
+
+def test_what_was_evicted_comes_back_without_being_read() -> None:
+    reader, pool = Reader(), make_pool(rows=8)
+    residency = Residency(pool, reader, host_bytes=2 * BYTES_8, executor=InlineExecutor())
+    for digest in "ab":
+        assert [stage for stage, _ in visited(residency, digest).seconds_by_stage] == ["host", "device"]
+    assert [stage for stage, _ in visited(residency, "a").seconds_by_stage] == ["device"]
+    assert reader.read == ["a", "b"]
+    assert (residency.evictions, residency.host_hits, residency.host_evictions) == (2, 1, 0)
+    assert residency.counts == (1, 2, 0)
+    assert {r.digest: (r.tier.value, r.bytes, r.max_rank) for r in residency.residents()} == {
+        "a": ("device", BYTES_8, 8),
+        "b": ("host", BYTES_8, 8),
+    }
+    for name in SITES:
+        assert pool.pools[name].a.eq(1).all()
+
+
+def test_the_copy_used_least_recently_makes_room_and_one_without_room_is_read_again() -> None:
+    reader = Reader()
+    residency = Residency(make_pool(rows=8), reader, host_bytes=2 * BYTES_8, executor=InlineExecutor())
+    for digest in "abac":  # b is the one that goes
+        visited(residency, digest)
+    assert residency.host_evictions == 1
+    for digest in "acb":
+        visited(residency, digest)
+    assert reader.read == ["a", "b", "c", "b"]
+
+
+def test_of_what_leaves_the_device_the_copy_stays() -> None:
+    """It is the oldest copy, but nobody asked for it as long as the version was on the device."""
+    reader = Reader()
+    residency = Residency(make_pool(rows=16), reader, host_bytes=2 * BYTES_8, executor=InlineExecutor())
+    for digest in "ab":
+        acquired(residency, digest)
+    residency.release("a")
+    visited(residency, "c")
+    assert {r.digest: r.tier.value for r in residency.residents()} == {"b": "device", "c": "device", "a": "host"}
+    visited(residency, "a")
+    assert reader.read == ["a", "b", "c"]
+
+
+def test_a_copy_larger_than_host_memory_is_not_kept() -> None:
+    reader = Reader()
+    residency = Residency(make_pool(rows=16), reader, host_bytes=BYTES_8, executor=InlineExecutor())
+    visited(residency, "small")
+    visited(residency, "large", "16")
+    visited(residency, "small")
+    visited(residency, "large", "16")
+    assert reader.read == ["small", "large", "large"]
+    assert residency.counts == (1, 1, 0)
+
+
+def test_an_unloaded_version_leaves_host_memory_too() -> None:
+    reader = Reader()
+    residency = Residency(make_pool(rows=8), reader, host_bytes=8 * BYTES_8, executor=InlineExecutor())
+    visited(residency, "a")
+    visited(residency, "b")
+    residency.unload("a")
+    assert residency.counts == (1, 1, 0)
+    residency.unload("b")
+    assert residency.counts == (0, 0, 0)
+    assert not residency.residents()
+    visited(residency, "a")
+    assert reader.read == ["a", "b", "a"]
+
+
+def test_of_those_in_line_only_the_first_hold_what_host_memory_may_have_to_give_away() -> None:
+    names = [f"v{i}" for i in range(AHEAD + 3)]
+    residency = Residency(make_pool(rows=8), Reader(), host_bytes=len(names) * BYTES_8, executor=InlineExecutor())
+    for name in names:
+        visited(residency, name)
+    residency.pin(names[-1], "8")
+    for name in names[:-1]:
+        residency.request(name, "8")
+    residency.advance()
+    held = [r.digest for r in residency.residents() if r.host is not None and r.digest in residency._in_line]
+    assert held == names[:AHEAD]
+    residency.unpin(names[-1])
+    came = [outcome.digest for _ in range(40) for outcome in residency.advance()]
+    assert came == names[:-1]
+
+
 def test_slots_are_never_used_twice() -> None:
     pool = make_pool(rows=8)
     first = pool.load(lowered(8, 1.0))
@@ -343,12 +449,15 @@ def test_rows_that_are_no_neighbours_hold_an_adapters_factors() -> None:
 
 
 class ResidencyMachine(RuleBasedStateMachine):
-    """Random requests, references, pins and unloads over five versions in a pool that holds two or three."""
+    """Random requests, references, pins and unloads over five versions in a pool that holds two or three.
+
+    Host memory holds as many copies.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = make_pool(rows=24)
-        self.residency = Residency(self.pool, load_by_name, executor=InlineExecutor())
+        self.residency = Residency(self.pool, load_by_name, host_bytes=3 * BYTES_8, executor=InlineExecutor())
         self.refs: dict[str, int] = {}
 
     digests = st.sampled_from("abcde")
@@ -394,6 +503,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         for digest in "abcde":
             self.residency.unload(digest)
         assert self.pool.rows_used == 0
+        assert self.residency.counts == (0, 0, 0)
         self.residency.close()
 
 

@@ -56,6 +56,7 @@ def test_every_field_is_a_flag(server: Callable[[Serve], None], run: Run) -> Non
         "state_dir": Path("elsewhere"),
         "kv_cache_mb": 4,
         "adapter_memory_mb": 5,
+        "adapter_host_mb": 0,
         "max_rank": 6,
         "max_rows": 7,
         "threads": 8,

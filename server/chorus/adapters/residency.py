@@ -1,7 +1,8 @@
 """Which adapter versions are in memory, on their way in, or on their way out.
 
     request ──> loading ──(loader thread: read, validate, lower)──> host ──(step thread: copy)──> device ──> evicted
-                   └── failed: whoever waits is told                 └── waits here while the device has no room
+       │           └── failed: whoever waits is told                 │└── waits here while the device has no room
+       └─────────────────── has a copy in host memory ───────────────┘            (`host_cache`)
 
 The step thread calls everything here; loader threads run `load` and nothing else. References are running requests; pins
 are the operator's. What has neither may be evicted, the least recently used first. Whoever waits for room is served in
@@ -21,6 +22,7 @@ from enum import Enum
 from itertools import islice
 from typing import NamedTuple
 
+from chorus.adapters.host_cache import HostCache, HostCopy
 from chorus.adapters.kinds import LoweredAdapter
 from chorus.adapters.loader_threads import LoaderThreads
 from chorus.adapters.pool import AdapterPool
@@ -54,7 +56,7 @@ class LoadedHost(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Versions on the device, those in host memory that wait for room on the device, pinned ones wherever they are."""
+    """Versions on the device; in host memory, where those on the device may be too; pinned ones wherever they are."""
 
     device: int
     host: int
@@ -98,7 +100,8 @@ class Residency:
     """Loads, keeps and evicts versions in one device pool.
 
     `load(digest, path)` runs on a loader thread and returns the adapter, or raises a ChorusError; `on_ready` is
-    called there when a load has ended and `advance` has something to do. `fresh_turns` keeps a version that just
+    called there when a load has ended and `advance` has something to do. Versions keep copies in host memory, of
+    `host_bytes` together at most, besides those that wait for room. `fresh_turns` keeps a version that just
     arrived from being evicted before the scheduler could take it; `forget_turns` is how long one that waits for room
     stays in line without being asked for.
     """
@@ -109,6 +112,7 @@ class Residency:
         load: Callable[[str, str], LoadedHost],
         *,
         on_ready: Callable[[], None] = lambda: None,
+        host_bytes: int = 0,
         executor: Executor | None = None,
         fresh_turns: int = 2,
         patience_turns: int = PATIENCE_TURNS,
@@ -118,6 +122,7 @@ class Residency:
         self._load = load
         self._on_ready = on_ready
         self._executor = executor or LoaderThreads(LOADERS)
+        self._copies = HostCache(host_bytes)
         self._residents: dict[str, Resident] = {}
         # Those without a slot in order of request, and those with one by slot: while there is room for all who ask, a
         # turn looks at nobody who only lies there.
@@ -132,6 +137,13 @@ class Residency:
         self._turns_without_room = 0
         self.evictions = 0
         self.hits = 0
+        self.host_hits = 0
+        """Versions that came from host memory; `hits` are requests that found theirs on the device."""
+
+    @property
+    def host_evictions(self) -> int:
+        """Copies in host memory that had to make room."""
+        return self._copies.evictions
 
     def request(self, digest: str, path: str) -> Resident:
         """Puts a version in line to be loaded unless it is in memory or on its way."""
@@ -176,6 +188,7 @@ class Residency:
 
     def unload(self, digest: str) -> None:
         """Forgets a version; one that requests hold stays until the last is done."""
+        self._copies.drop(digest)
         resident = self._residents.get(digest)
         if resident is None:
             return
@@ -213,7 +226,13 @@ class Residency:
         wait([r.loading for r in self._in_line.values() if r.loading], timeout, return_when=FIRST_COMPLETED)
 
     def residents(self) -> list[Resident]:
-        return list(self._residents.values())
+        """All versions in memory or on their way, each once."""
+        residents = list(self._residents.values())
+        for digest, copy in self._copies.items():
+            if digest not in self._residents:
+                residents.append(resident := Resident(digest, copy.path))
+                self._take(resident, copy.adapter)
+        return residents
 
     def is_pinned(self, digest: str) -> bool:
         """Whether the operator keeps a version that is here."""
@@ -227,8 +246,8 @@ class Residency:
     @property
     def counts(self) -> Counts:
         """How many versions are where."""
-        ready = sum(resident.host is not None for resident in self._in_line.values())
-        return Counts(len(self._on_device), ready, len(self._pinned))
+        waiting = sum(r.host is not None and r.digest not in self._copies for r in self._in_line.values())
+        return Counts(len(self._on_device), len(self._copies) + waiting, len(self._pinned))
 
     def kinds_of(self, slots: set[int]) -> int:
         """How many different adapter kinds the given slots hold."""
@@ -244,13 +263,19 @@ class Residency:
         assert {r.digest for r in self._residents.values() if r.slot is None} == self._in_line.keys(), "lost in line"
         assert self._pinned | self._yielding <= self._residents.keys(), "pinned or yielding, and not there"
         self._pool.check_integrity()
+        self._copies.check_integrity()
         assert sum(r.rank_rows for r in on_device) == self._pool.rows_used, "rank rows leaked or shared"
         assert all(r.refs >= 0 for r in on_device), "negative references"
 
     def _start_loads(self) -> None:
-        """Has the first in line read."""
+        """Has the first in line read, unless there are copies of them."""
         for resident in islice(self._in_line.values(), AHEAD):
-            if resident.loading is None and resident.host is None:
+            if resident.loading is not None or resident.host is not None:
+                continue
+            if (copy := self._copies.find(resident.digest)) is not None:
+                self._take(resident, copy.adapter)
+                self.host_hits += 1
+            else:
                 resident.loading = self._executor.submit(self._load, resident.digest, resident.path)
                 resident.loading.add_done_callback(lambda _: self._on_ready())
 
@@ -262,7 +287,7 @@ class Residency:
             return False
         future, resident.loading = resident.loading, None
         try:
-            resident.host, stages = future.result()
+            adapter, stages = future.result()
         except ChorusError:
             raise
         except Exception as error:
@@ -270,17 +295,22 @@ class Residency:
             logger.error("adapter %s could not be loaded, incident %s", resident.digest, incident, exc_info=error)
             raise InternalError(f"adapter {resident.digest[:12]} could not be loaded; incident {incident}") from error
         resident.seconds += stages
-        resident.kind = resident.host.kind
-        resident.max_rank = resident.host.max_rank
-        resident.rank_rows = self._pool.rows_of(resident.host)
-        resident.bytes = resident.host.bytes(self._pool.dtype.itemsize)
-        if site := self._pool.too_large(resident.host):
+        self._take(resident, adapter)
+        if site := self._pool.too_large(adapter):
             raise FailedPrecondition(
                 f"adapter {resident.digest[:12]} needs more rank rows at {site} than the whole pool has; "
                 "raise --adapter-memory-mb",
                 reason="ADAPTER_TOO_LARGE",
             )
         return True
+
+    def _take(self, resident: Resident, adapter: LoweredAdapter) -> None:
+        """The version's adapter is in host memory."""
+        resident.host = adapter
+        resident.kind = adapter.kind
+        resident.max_rank = adapter.max_rank
+        resident.rank_rows = self._pool.rows_of(adapter)
+        resident.bytes = adapter.bytes(self._pool.dtype.itemsize)
 
     def _to_device(self, resident: Resident) -> bool:
         """True once it is on the device; evicts what nobody uses to make room."""
@@ -292,6 +322,7 @@ class Residency:
                 return False
             self._drop(victim)
             self.evictions += 1
+        self._copies.keep(resident.digest, HostCopy(resident.host, resident.bytes, resident.path))
         resident.slot, resident.host, resident.last_used = slot, None, self._turn
         self._on_device[slot] = self._in_line.pop(resident.digest)
         resident.seconds.append(("device", time.monotonic() - began))
@@ -340,6 +371,7 @@ class Residency:
         """Out of everything, wherever it is."""
         if resident.slot is not None:
             self._pool.evict(resident.slot)
+            self._copies.find(resident.digest)  # it has been in use
             del self._on_device[resident.slot]
         else:
             del self._in_line[resident.digest]

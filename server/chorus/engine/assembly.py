@@ -24,6 +24,7 @@ def engine_of(
         max_queue=config.max_queue,
         prefix_cache=config.prefix_cache == "tenant",
         target_step_s=None if config.target_step_ms is None else config.target_step_ms / 1e3,
+        adapter_host_bytes=config.adapter_host_mb * 2**20,
         record=_recorder(base.device) if config.graphs == "auto" else None,
         overlap=base.device.type == "cuda" and config.overlap == "auto",
         on_ready=on_ready,

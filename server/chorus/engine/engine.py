@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from operator import sub
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,6 +70,7 @@ class Engine:
         max_queue: int,
         prefix_cache: bool = True,
         target_step_s: float | None = None,
+        adapter_host_bytes: int = 0,
         record: Record | None = None,
         overlap: bool = False,
         on_ready: Callable[[], None] = lambda: None,
@@ -76,7 +78,7 @@ class Engine:
         self._eos = base.facts.eos_token_ids
         pool = AdapterPool(base.sites, rows=memory.adapter_rows, device=base.device, dtype=base.dtype)
         self._pool = pool
-        self.residency = Residency(pool, _loader(base, max_rank), on_ready=on_ready)
+        self.residency = Residency(pool, _loader(base, max_rank), host_bytes=adapter_host_bytes, on_ready=on_ready)
         self._checks = Checks(_checker(base, max_rank), on_ready=on_ready)
         self.blocks = BlockPool(memory.kv_blocks, memory.block_size)
         self.scheduler = Scheduler(
@@ -95,7 +97,7 @@ class Engine:
         self._in_flight = int(overlap)  # steps that the end of a turn leaves to the device
         self._flights: deque[Flight] = deque()
         self._ended_at = 0.0
-        self._counted = (0, 0, 0)  # evictions, hits and evicted pages that earlier steps have reported
+        self._counted = (0, 0, 0, 0, 0)  # of `_counters`, what earlier steps have reported
 
     @property
     def has_work(self) -> bool:
@@ -254,8 +256,8 @@ class Engine:
         chunks = ended.flight.schedule.chunks if ended else ()
         slots = ended.flight.slots if ended else set()
         versions, graphs = self.residency.counts, self._runner.graphs
-        evictions, hits, pages = self._counted
-        self._counted = (self.residency.evictions, self.residency.hits, self.blocks.evictions)
+        before, self._counted = self._counted, self._counters()
+        evictions, host_evictions, hits, host_hits, pages = map(sub, self._counted, before)
         return m.StepStats(
             seconds=ended.seconds if ended else time.monotonic() - began,
             rows=len(chunks),
@@ -264,14 +266,16 @@ class Engine:
             distinct_adapters=len(slots),
             kinds=self.residency.kinds_of(slots),
             preemptions=len(schedule.preempted),
-            evictions=self.residency.evictions - evictions,
-            adapter_hits=self.residency.hits - hits,
+            evictions=evictions,
+            host_evictions=host_evictions,
+            adapter_hits=hits,
+            host_hits=host_hits,
             running=self.scheduler.running,
             waiting=self.scheduler.waiting,
             waiting_for_adapter=self.scheduler.waiting_for_adapter,
             kv_usage=self.blocks.usage,
             kv_kept=self.blocks.kept_count / self.blocks.num_blocks,
-            page_evictions=self.blocks.evictions - pages,
+            page_evictions=pages,
             pool_usage=self._pool.rows_used / self._pool.rows_total,
             resident_device=versions.device,
             resident_host=versions.host,
@@ -279,6 +283,12 @@ class Engine:
             launches=graphs.take_launches() if ended and graphs is not None else {},
             graphs=graphs.held if graphs is not None else 0,
         )
+
+    def _counters(self) -> tuple[int, int, int, int, int]:
+        """What only ever grows, and steps report the growth of."""
+        residency = self.residency
+        evictions, hits = (residency.evictions, residency.host_evictions), (residency.hits, residency.host_hits)
+        return (*evictions, *hits, self.blocks.evictions)
 
 
 def _checker(base: Base, max_rank: int) -> Callable[[Path], CheckedAdapter]:

@@ -33,7 +33,7 @@ def plan_memory(base: "Base", config: ServerConfig) -> MemoryPlan:
     """Splits the configured budgets.
 
     Raises:
-        FailedPrecondition: the KV budget does not hold a single block for two sequences, or both budgets together are
+        FailedPrecondition: the KV budget does not hold a single block for two sequences, or the budgets together are
             more than the machine or the container has, or with a step's memory more than the weights leave of a device.
     """
     from chorus.adapters.pool import rows_for_budget
@@ -70,27 +70,31 @@ def step_bytes(base: "Base", config: ServerConfig) -> int:
 
 
 def _refuse_more_than_there_is(base: "Base", config: ServerConfig) -> None:
-    needed = (config.kv_cache_mb + config.adapter_memory_mb) * 2**20
-    asked = f"--kv-cache-mb {config.kv_cache_mb} and --adapter-memory-mb {config.adapter_memory_mb}"
+    on_device = (config.kv_cache_mb + config.adapter_memory_mb) * 2**20
+    on_host = config.adapter_host_mb * 2**20
+    device_flags = f"--kv-cache-mb {config.kv_cache_mb}, --adapter-memory-mb {config.adapter_memory_mb}"
+    host_flag = f"--adapter-host-mb {config.adapter_host_mb}"
     if base.device.type == "cpu":
-        there, where = _host_bytes()
-        where = f"of this {where}"
-    else:
-        there, where = _free_device_bytes(), "that the weights leave of this device"
-        step = step_bytes(base, config)
-        needed += step
-        asked += f", and {step // 2**20:,} MiB for a step of --max-step-tokens and --max-rows,"
+        _refuse(on_device + on_host, f"{device_flags} and {host_flag} are", *_host_bytes())
+        return
+    step = step_bytes(base, config)
+    asked = f"{device_flags} and {step // 2**20:,} MiB for a step of --max-step-tokens and --max-rows are"
+    _refuse(on_device + step, asked, _free_device_bytes(), "that the weights leave of this device")
+    _refuse(on_host, f"{host_flag} is", *_host_bytes())
+
+
+def _refuse(needed: int, asked: str, there: int, where: str) -> None:
     if needed > there:
         raise FailedPrecondition(
-            f"{asked} are more than the {there // 2**20:,} MiB {where}; grant less", reason="NOT_ENOUGH_MEMORY"
+            f"{asked} more than the {there // 2**20:,} MiB {where}; grant less", reason="NOT_ENOUGH_MEMORY"
         )
 
 
 def _host_bytes() -> tuple[int, str]:
-    """How much there is, and of what."""
+    """How much there is, and where."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = memory_limit()
-    return (machine, "machine") if limit is None or limit >= machine else (limit, "container")
+    return (machine, "of this machine") if limit is None or limit >= machine else (limit, "of this container")
 
 
 def _free_device_bytes() -> int:

@@ -61,6 +61,7 @@ class Limits:
 
     kv_blocks: int
     adapter_bytes: int
+    adapter_host_bytes: int = 0
     block_size: int = 32
     max_rows: int = 64
     max_step_tokens: int = 512
@@ -95,7 +96,9 @@ class Simulation:
         self._adapters: dict[str, SimulatedAdapter] = {}
         self._pool = SimulatedPool(limits.adapter_bytes)
         self._loaders = SimulatedLoaders(lambda name: cost.load + cost.load_byte * self._adapters[name].size)
-        self._residency = Residency(cast(AdapterPool, self._pool), self._load, executor=self._loaders)
+        self._residency = Residency(
+            cast(AdapterPool, self._pool), self._load, host_bytes=limits.adapter_host_bytes, executor=self._loaders
+        )
         self._scheduler = Scheduler(
             pool=BlockPool(limits.kv_blocks, limits.block_size),
             gate=ResidencyGate(self._residency),

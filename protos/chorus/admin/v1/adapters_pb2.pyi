@@ -33,7 +33,7 @@ class _TierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tier.ValueType],
     TIER_DEVICE: _Tier.ValueType  # 1
     """On the device, ready to run."""
     TIER_HOST: _Tier.ValueType  # 2
-    """Validated, in host memory."""
+    """Validated, in host memory: on its way to the device, or for when it is asked for again."""
     TIER_LOADING: _Tier.ValueType  # 3
     """On its way in."""
 
@@ -45,7 +45,7 @@ TIER_UNSPECIFIED: Tier.ValueType  # 0
 TIER_DEVICE: Tier.ValueType  # 1
 """On the device, ready to run."""
 TIER_HOST: Tier.ValueType  # 2
-"""Validated, in host memory."""
+"""Validated, in host memory: on its way to the device, or for when it is asked for again."""
 TIER_LOADING: Tier.ValueType  # 3
 """On its way in."""
 Global___Tier: _TypeAlias = Tier  # noqa: Y015
