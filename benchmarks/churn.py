@@ -3,8 +3,14 @@
     python benchmarks/churn.py [--rounds 5] [--streams 4] [--per-second 10] [--json]
 
 A live server of the embedded base whose adapter memory holds few. Streams decode over the base and an adapter that
-stays; meanwhile a client in another process asks for others, each of which has to be loaded and evicts one. Prints p50
-and p99 of the times between a stream's messages, and with --json one JSON line last; a row goes to results/churn.jsonl.
+stays; meanwhile a client in another process asks for a token of others:
+
+    visit   one that is on the device
+    host    each has to be loaded and evicts one, and comes from its copy in host memory
+    disk    the same with more of them than host memory has room for, each of which is read and checked again
+
+Prints p50 and p99 of the times between a stream's messages, and with --json one JSON line last; a row goes to
+results/churn.jsonl.
 """
 
 import argparse
@@ -16,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -31,8 +38,9 @@ from loads.distinct import write_adapter
 from loads.live_server import live_server
 from loads.open_loop import TENANT, adapter_name
 
-RANK, PASSING, TOKENS = 8, 12, 400
-MEMORY_MB = 1  # three adapters of the embedded base
+RANK, TOKENS = 8, 900
+PASSING = {"visit": 1, "host": 4, "disk": 12}
+MEMORY_MB, HOST_MB = 1, 2  # three adapters of the embedded base; six copies
 
 
 async def decode(client: AsyncClient, streams: int) -> list[float]:
@@ -53,21 +61,20 @@ async def decode(client: AsyncClient, streams: int) -> list[float]:
 def come_and_go(server: str, per_second: float, pipe: Connection) -> None:
     """The other client. Says when it is there.
 
-    From one word to the next it asks for a token of one adapter after the other, at least once, and answers with the
-    seconds of each load. It ends with False.
+    It is told how many adapters there are to come and go. Until the next word it asks for a token of one after the
+    other, and answers with how many waited to be loaded. It ends with 0.
     """
 
     async def ask() -> None:
-        names = itertools.cycle([adapter_name(i) for i in range(1, PASSING + 1)])
         async with AsyncClient(server) as client:
             pipe.send("ready")
-            while pipe.recv():
-                loads: list[float] = []
-                while not (loads and pipe.poll()):
+            while count := pipe.recv():
+                names = itertools.cycle([adapter_name(i) for i in range(1, count + 1)])
+                loads = 0
+                while not pipe.poll():
                     began = time.perf_counter()
                     answer = await client.generate([20, 21], adapter=f"{TENANT}/{next(names)}", max_tokens=1)
-                    if answer.timing.adapter_load > 0:
-                        loads.append(answer.timing.adapter_load)
+                    loads += answer.timing.adapter_load > 0
                     await asyncio.sleep(max(1 / per_second - (time.perf_counter() - began), 0))
                 pipe.recv()
                 pipe.send(loads)
@@ -85,45 +92,57 @@ def passing(server: str, per_second: float) -> Iterator[Connection]:
     try:
         ours.recv()
         yield ours
-        ours.send(False)
+        ours.send(0)
     finally:
         ours.close()
         process.join()
 
 
 async def measure(client: AsyncClient, others: Connection, arguments: argparse.Namespace) -> dict[str, Any]:
-    gaps: dict[str, list[list[float]]] = {"quiet": [], "churn": []}
-    loads: list[float] = []
-    seconds = 0.0
-    await decode(client, arguments.streams)
-    for _ in range(arguments.rounds):
-        gaps["quiet"].append(await decode(client, arguments.streams))
-        others.send(True)
-        began = time.perf_counter()
-        gaps["churn"].append(await decode(client, arguments.streams))
-        others.send(True)
-        loads += await asyncio.to_thread(others.recv)
-        seconds += time.perf_counter() - began
-    row: dict[str, Any] = {"loads_per_second": len(loads) / seconds}
+    """p50 and p99 of a quiet server and with each sort of visitors, in turns, and what these are times the first."""
+    gaps: dict[str, list[list[float]]] = {which: [] for which in ("quiet", *PASSING)}
+    loads, seconds = dict.fromkeys(PASSING, 0), dict.fromkeys(PASSING, 0.0)
+    for turn in range(arguments.rounds + 1):
+        quiet = await decode(client, arguments.streams)
+        for which, count in PASSING.items():
+            others.send(count)
+            began = time.perf_counter()
+            disturbed = await decode(client, arguments.streams)
+            others.send(count)
+            loaded = await asyncio.to_thread(others.recv)
+            if turn:  # in the first, steps are recorded
+                loads[which] += loaded
+                seconds[which] += time.perf_counter() - began
+                gaps[which].append(disturbed)
+        if turn:
+            gaps["quiet"].append(quiet)
+    row: dict[str, Any] = {f"{which}_loads_per_second": loads[which] / seconds[which] for which in PASSING}
     for which, rounds in gaps.items():
         for percent in (50, 99):
             row[f"{which}_p{percent}_ms"] = statistics.median(float(np.percentile(r, percent)) for r in rounds) * 1e3
-    return row | {
-        f"p{percent}_ratio": row[f"churn_p{percent}_ms"] / row[f"quiet_p{percent}_ms"] for percent in (50, 99)
-    }
+            row[f"{which}_p{percent}_ratio"] = row[f"{which}_p{percent}_ms"] / row[f"quiet_p{percent}_ms"]
+    return row
+
+
+def from_host(address: str) -> int:
+    """How many versions have come from host memory."""
+    text = urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read().decode()
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("chorus_adapter_hits_total"))
+    return int(float(values['chorus_adapter_hits_total{tier="host"}']))
 
 
 async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     shape = json.loads((base_folder(None) / "config.json").read_text())
-    options = ("--adapter-memory-mb", str(MEMORY_MB), "--threads", "1")
+    options = ("--adapter-memory-mb", str(MEMORY_MB), "--adapter-host-mb", str(HOST_MB), "--threads", "1")
     with live_server(folder / "state", *options) as server:
         async with AsyncClient(server.inference, admin=server.admin) as client:
-            for i in range(PASSING + 1):
+            for i in range(max(PASSING.values()) + 1):
                 path = write_adapter(shape, folder / adapter_name(i), i, [RANK])
                 await client.push(path, tenant=TENANT, name=adapter_name(i))
             with passing(server.inference, arguments.per_second) as pipe:
                 others = Others()
-                return {**await measure(client, pipe, arguments), "others_cores": others.refuse()}
+                row = await measure(client, pipe, arguments)
+                return {**row, "from_host": from_host(server.metrics), "others_cores": others.refuse()}
 
 
 def main() -> None:
@@ -137,7 +156,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         row = asyncio.run(run(arguments, Path(name)))
     for name, value in row.items():
-        print(f"{name:16} {value:8.3f}", file=sys.stderr)
+        print(f"{name:22} {value:8.3f}", file=sys.stderr)
     record("churn", {"streams": arguments.streams, "per_second": arguments.per_second, **row})
     if arguments.json:
         print(json.dumps(row))

@@ -4,7 +4,7 @@ import psutil
 import pytest
 import torch
 
-from chorus.adapters.host_memory import copies
+from chorus.adapters.host_memory import copies, stacked
 
 
 def test_copies_are_the_tensors_in_their_order_and_contiguous() -> None:
@@ -39,3 +39,31 @@ def test_copies_give_their_memory_back_to_the_system() -> None:
     assert process.memory_info().rss - before > 60 << 20
     del copied
     assert process.memory_info().rss - before < 4 << 20
+
+
+def test_copies_of_one_shape_are_stacked_without_another_copy() -> None:
+    tensors = [torch.randn(4, 6), torch.randn(3, 5), torch.randn(4, 6), torch.randn(4, 6)]
+    first, _, second, third = copies(tensors)
+    together = stacked([first, second, third])
+    assert torch.equal(together, torch.stack([tensors[0], *tensors[2:]]))
+    assert together.data_ptr() == first.data_ptr()
+    assert stacked([second]).data_ptr() == second.data_ptr()
+
+
+@pytest.mark.parametrize("order", [(1, 0), (0, 2), (0, 0), (2, 1, 0)])
+def test_what_does_not_lie_in_line_is_copied_when_stacked(order: tuple[int, ...]) -> None:
+    tensors = copies([torch.randn(4, 6) for _ in range(3)])
+    chosen = [tensors[i] for i in order]
+    together = stacked(chosen)
+    assert torch.equal(together, torch.stack(chosen))
+    assert together.data_ptr() not in {tensor.data_ptr() for tensor in tensors}
+
+
+def test_neighbours_of_two_storages_are_not_taken_for_one() -> None:
+    memory = bytearray(2 * 4 * 6 * 4)
+    halves = [torch.frombuffer(memory, dtype=torch.float32, count=24, offset=96 * i).view(4, 6) for i in range(2)]
+    assert halves[1].data_ptr() == halves[0].data_ptr() + 96
+    halves[1].fill_(1)
+    together = stacked(halves)
+    assert together.data_ptr() != halves[0].data_ptr()
+    assert together.sum((1, 2)).tolist() == [0, 24]

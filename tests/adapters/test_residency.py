@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from chorus.adapters.kinds import LoweredAdapter, LowRankFactors
-from chorus.adapters.pool import AdapterPool, SlotSegment
+from chorus.adapters.pool import AdapterPool
 from chorus.adapters.residency import AHEAD, LoadedHost, LoadOutcome, Residency
 from chorus.errors import ChorusError, FailedPrecondition, ResourceExhausted
+from chorus.kernels import SlotSegment
 from chorus.models.sites import Site
 
 SITES = {name: Site(name, 4, 6) for name in ("q", "v")}
@@ -278,6 +279,20 @@ def test_what_was_evicted_comes_back_without_being_read() -> None:
     }
     for name in SITES:
         assert pool.pools[name].a.eq(1).all()
+
+
+def test_who_asks_for_a_version_with_a_copy_does_not_wait_for_anything_else() -> None:
+    """An engine without work sleeps until it is woken."""
+    woken: list[None] = []
+    residency = Residency(make_pool(rows=8), load_by_name, host_bytes=2 * BYTES_8, on_ready=lambda: woken.append(None))
+    visited(residency, "a")
+    visited(residency, "b")
+    before = len(woken)
+    assert residency.acquire("a", "8") is None
+    assert len(woken) == before + 1
+    (outcome,) = residency.advance()
+    assert outcome.digest == "a"
+    assert residency.acquire("a", "8") is not None
 
 
 def test_the_copy_used_least_recently_makes_room_and_one_without_room_is_read_again() -> None:

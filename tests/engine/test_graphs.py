@@ -7,14 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from chorus.adapters.pool import SlotSegment
 from chorus.engine import graphs
 from chorus.engine.graphs import SEEN_BEFORE, Shape, StaticStep, StepGraphs, shape_of
 from chorus.engine.layout import Layout, lay_out
 from chorus.engine.messages import Launch, Sampling
 from chorus.engine.schedule import Chunk
 from chorus.engine.sequence import Sequence
-from chorus.kernels import LowRankCapacity, low_rank_family
+from chorus.kernels import LowRankCapacity, SlotSegment, low_rank_family
 
 ROWS = low_rank_family(2, 1)
 

@@ -1,10 +1,10 @@
 """How chunks become rows, segments and the second table for the rows whose logits are computed."""
 
-from chorus.adapters.pool import SlotSegment
 from chorus.engine.layout import Scored, lay_out
 from chorus.engine.messages import Sampling, TokenLogprob
 from chorus.engine.schedule import Chunk
 from chorus.engine.sequence import Sequence
+from chorus.kernels import SlotSegment
 
 
 def chunk(slot: int, start: int, count: int, *, samples: bool = True) -> Chunk:

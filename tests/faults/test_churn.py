@@ -15,7 +15,7 @@ from support.claims import assert_solo_greedy
 from support.server import ServerProcess
 from support.worlds import PROMPT, TinyWorld
 
-EVICTIONS, STEPS = "chorus_adapter_evictions_total", "chorus_engine_steps_total"
+EVICTIONS, HITS, STEPS = "chorus_adapter_evictions_total", "chorus_adapter_hits_total", "chorus_engine_steps_total"
 # A site has 80 rank rows: the two that decode take 16, two of the others fit beside them.
 STAYING = ("", "stays-1", "stays-2")
 PASSING = {f"passes-{i}": 32 for i in range(6)}
@@ -23,12 +23,19 @@ TOKENS = 160
 PER_SECOND, STEP_S = 10, 0.01
 
 
+@pytest.fixture(scope="module", params=[0, 16], ids=["from-disk", "from-host-memory"])
+def host_mb(request: pytest.FixtureRequest) -> int:
+    """For copies of adapters: none, or all that there are."""
+    return int(request.param)
+
+
 @pytest.fixture(scope="module")
-def tight(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def tight(world: TinyWorld, host_mb: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """Adapter memory of 1 MiB, and steps of at least 10 ms."""
     options = ("--model", str(world.base), *OPTIONS[:-1], "64", "--adapter-memory-mb", "1", "--max-rows", "8")
     state = tmp_path_factory.mktemp("tight") / "state"
-    with ServerProcess(state, *options, failpoints=f"engine.forward=sleep:{STEP_S}") as server:
+    slow = f"engine.forward=sleep:{STEP_S}"
+    with ServerProcess(state, *options, "--adapter-host-mb", str(host_mb), failpoints=slow) as server:
         yield server
         assert server.alive
         assert not any("Traceback" in line for line in server.log), "".join(server.log)
@@ -66,7 +73,7 @@ def churn(client: Client) -> Iterator[None]:
             passing.result(20)
 
 
-def test_adapters_that_come_and_go_change_nobodys_tokens(tight: ServerProcess, world: TinyWorld) -> None:
+def test_adapters_that_come_and_go_change_nobodys_tokens(tight: ServerProcess, host_mb: int, world: TinyWorld) -> None:
     with tight.client() as client:
         for name, rank in {"stays-1": 8, "stays-2": 8, **PASSING}.items():
             client.push(folder(world, name, rank), tenant="t16", name=name)
@@ -80,6 +87,8 @@ def test_adapters_that_come_and_go_change_nobodys_tokens(tight: ServerProcess, w
     steps = after.value(STEPS) - before.value(STEPS)
     # Counted in steps: a slow machine is slow at both.
     assert evictions > PER_SECOND * STEP_S * steps / 2, "hardly anything came and went"
+    from_host = after.value(HITS, tier="host") - before.value(HITS, tier="host")
+    assert from_host == 0 if host_mb == 0 else from_host > evictions / 2
     assert disturbed == quiet
     assert_solo_greedy(world.base, folder(world, "stays-1", 8), PROMPT, disturbed[1][:24])
 

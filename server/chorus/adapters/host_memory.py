@@ -24,6 +24,19 @@ def mapped(size: int) -> mmap.mmap:
     return mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Contiguous tensors of one shape as one; without a copy where they lie one after the other, as `copies` lays them.
+
+    Then it is theirs, not to be written to.
+    """
+    first, last = tensors[0], tensors[-1]
+    begin, size = first.data_ptr(), first.nbytes
+    in_line = [tensor.data_ptr() for tensor in tensors] == list(range(begin, begin + len(tensors) * size, size))
+    if not in_line or first.untyped_storage().data_ptr() != last.untyped_storage().data_ptr():
+        return torch.stack(list(tensors))
+    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+
+
 def copies(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
     """Contiguous copies in the same order, in `dtype` if one is given; all of them share one mapping.
 

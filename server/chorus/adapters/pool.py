@@ -14,21 +14,14 @@ from typing import NamedTuple
 
 import torch
 
-from chorus.adapters.kinds import LoweredAdapter
+from chorus.adapters.kinds import LoweredAdapter, LowRankFactors
+from chorus.adapters.rank_blocks import RankBlocks, place
 from chorus.adapters.rank_pages import PAGE_ROWS, RankPages, pages_of
-from chorus.kernels import LowRankPlan, LowRankSegment, RankPool
+from chorus.kernels import LowRankPlan, LowRankSegment, RankPool, SlotSegment
 from chorus.models.sites import Site
 
 # Plans of the last batches: a decode batch keeps its layout for many steps, prefill layouts hardly ever come back.
 _PLANS_KEPT = 16
-
-
-class SlotSegment(NamedTuple):
-    """Rows [start, end) of a batch belong to the adapter in `slot`."""
-
-    start: int
-    end: int
-    slot: int
 
 
 class _Placed(NamedTuple):
@@ -56,14 +49,10 @@ class AdapterPool:
         """Sites where some adapter acts or has acted, but for embeddings: only ever more."""
         self._plans: OrderedDict[tuple[SlotSegment, ...], dict[str, LowRankPlan]] = OrderedDict()
         self.row_bytes = {name: row_bytes(site, dtype) for name, site in sites.items()}
-        self.pools = {
-            name: RankPool(
-                a=torch.zeros(rows, site.in_features, dtype=dtype, device=device),
-                b=torch.zeros(rows, site.out_features, dtype=dtype, device=device),
-                mid_scale=torch.zeros(rows, dtype=torch.float32, device=device),
-            )
-            for name, site in sites.items()
-        }
+        self._a = RankBlocks({name: site.in_features for name, site in sites.items()}, rows, dtype, device)
+        self._b = RankBlocks({name: site.out_features for name, site in sites.items()}, rows, dtype, device)
+        self._scales = RankBlocks(dict.fromkeys(sites, 1), rows, torch.float32, device)
+        self.pools = {name: RankPool(self._a.of[name], self._b.of[name], self._scales.of[name][:, 0]) for name in sites}
 
     @property
     def bytes_total(self) -> int:
@@ -89,24 +78,28 @@ class AdapterPool:
         if not all(self._pages[name].fits(f.a.shape[0]) for name, f in adapter.low_rank.items()):
             return None
         slot, self._next_slot = self._next_slot, self._next_slot + 1
-        table: dict[str, tuple[int, ...]] = {}
-        places: dict[tuple[int, ...], tuple[tuple[int, ...], slice | torch.Tensor]] = {}
+        names_at: dict[tuple[int, ...], list[str]] = {}
         for name, factors in adapter.low_rank.items():
-            rows = self._pages[name].allocate(factors.a.shape[0])
+            rows = self._pages[name].allocate(factors.rank)
             assert rows is not None
-            if rows not in places:
-                places[rows] = rows, _place(rows, self._device)
-            table[name], place = places[rows]
-            pool = self.pools[name]
-            pool.a[place] = factors.a.to(self._device, self.dtype)
-            pool.b[place] = factors.b.to(self._device, self.dtype)
-            pool.mid_scale[place] = factors.scale
+            names_at.setdefault(rows, []).append(name)
+        table: dict[str, tuple[int, ...]] = {}
+        for rows, names in names_at.items():
+            table |= dict.fromkeys(names, rows)
+            self._write(rows, {name: adapter.low_rank[name] for name in names})
         rank = max(map(len, table.values()), default=0)
         self._slots[slot] = _Placed(table, rank, not self._embeddings.isdisjoint(table))
         self.rows_used += self.rows_of(adapter)
         linears = (name for name in table if name not in self._embeddings)
         self.linears_used = tuple(dict.fromkeys([*self.linears_used, *linears]))
         return slot
+
+    def _write(self, rows: tuple[int, ...], factors: Mapping[str, LowRankFactors]) -> None:
+        """Copies the factors of sites to the same rows of each."""
+        there = place(rows, self._device)
+        self._a.write(there, {name: its.a for name, its in factors.items()})
+        self._b.write(there, {name: its.b for name, its in factors.items()})
+        self._scales.fill(there, {name: its.scale for name, its in factors.items()})
 
     def evict(self, slot: int) -> None:
         """Gives a slot's rows back. Slot numbers are never used twice, so a stale one can not meet new weights."""
@@ -167,14 +160,6 @@ class AdapterPool:
             if layout:
                 layouts.append((layout, names))
         return layouts
-
-
-def _place(rows: tuple[int, ...], device: torch.device) -> slice | torch.Tensor:
-    """What to index a pool with: neighbours are a slice, in half of a list's time."""
-    start, count = rows[0], len(rows)
-    if rows == tuple(range(start, start + count)):
-        return slice(start, start + count)
-    return torch.tensor(rows, device=device)
 
 
 def row_bytes(site: Site, dtype: torch.dtype) -> int:

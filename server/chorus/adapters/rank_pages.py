@@ -35,10 +35,13 @@ class RankPages:
         count = pages_of(rank)
         if count > self._free:
             return None
-        pages = self._contiguous(count) or [i for i, owned in enumerate(self._owned) if not owned][:count]
+        self._free -= count
+        if (first := self._contiguous(count)) is not None:
+            self._owned[first : first + count] = [True] * count
+            return tuple(range(first * PAGE_ROWS, first * PAGE_ROWS + rank))
+        pages = [i for i, owned in enumerate(self._owned) if not owned][:count]
         for page in pages:
             self._owned[page] = True
-        self._free -= count
         return tuple(row for page in pages for row in range(page * PAGE_ROWS, (page + 1) * PAGE_ROWS))[:rank]
 
     def free(self, rows: tuple[int, ...]) -> None:
@@ -56,13 +59,13 @@ class RankPages:
         assert set(pages) == {page for page, owned in enumerate(self._owned) if owned}, "a page leaked"
         assert self._free == len(self._owned) - len(pages), "pages are miscounted"
 
-    def _contiguous(self, count: int) -> list[int] | None:
-        """The first run of `count` free pages."""
+    def _contiguous(self, count: int) -> int | None:
+        """Where the first run of `count` free pages begins."""
         run = 0
         for page, owned in enumerate(self._owned):
             run = 0 if owned else run + 1
             if run == count:
-                return list(range(page - count + 1, page + 1))
+                return page - count + 1
         return None
 
 

@@ -100,10 +100,10 @@ class Residency:
     """Loads, keeps and evicts versions in one device pool.
 
     `load(digest, path)` runs on a loader thread and returns the adapter, or raises a ChorusError; `on_ready` is
-    called there when a load has ended and `advance` has something to do. Versions keep copies in host memory, of
-    `host_bytes` together at most, besides those that wait for room. `fresh_turns` keeps a version that just
-    arrived from being evicted before the scheduler could take it; `forget_turns` is how long one that waits for room
-    stays in line without being asked for.
+    called when a load has ended, there, or a copy was found, and `advance` has something to do. Versions keep copies in
+    host memory, of `host_bytes` together at most, besides those that wait for room. `fresh_turns` keeps a version that
+    just arrived from being evicted before the scheduler could take it; `forget_turns` is how long one that waits for
+    room stays in line without being asked for.
     """
 
     def __init__(
@@ -275,6 +275,7 @@ class Residency:
             if (copy := self._copies.find(resident.digest)) is not None:
                 self._take(resident, copy.adapter)
                 self.host_hits += 1
+                self._on_ready()
             else:
                 resident.loading = self._executor.submit(self._load, resident.digest, resident.path)
                 resident.loading.add_done_callback(lambda _: self._on_ready())

@@ -6,10 +6,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from chorus.kernels import LowRankCapacity, LowRankPlan, LowRankSegment, StaticLowRank, low_rank_family
+from chorus.kernels import (
+    LowRankCapacity,
+    LowRankPlan,
+    LowRankSegment,
+    SlotSegment,
+    StaticLowRank,
+    low_rank_family,
+)
 
 if TYPE_CHECKING:
-    from chorus.adapters.pool import AdapterPool, SlotSegment
+    from chorus.adapters.pool import AdapterPool
 
     Layouts = list[tuple[tuple[LowRankSegment, ...], list[str]]]
 
@@ -46,7 +53,7 @@ class StaticPlans:
         self.plans: dict[str, LowRankPlan] = self._rest.plans | (self._heads.plans if self._heads else {})
         self._written: tuple[tuple[SlotSegment, ...], ...] | None = ((), ())
 
-    def write(self, segments: "tuple[SlotSegment, ...]", head_segments: "tuple[SlotSegment, ...]") -> None:
+    def write(self, segments: tuple[SlotSegment, ...], head_segments: tuple[SlotSegment, ...]) -> None:
         """The next replays are of this batch. Nothing is uploaded while it stays the same: slots are never used twice.
 
         Raises:

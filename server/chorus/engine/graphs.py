@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from chorus.adapters.pool import AdapterPool, SlotSegment
+from chorus.adapters.pool import AdapterPool
 from chorus.adapters.static_plans import HeadSites, StaticPlans
 from chorus.engine.layout import Layout
 from chorus.engine.messages import Launch
@@ -36,6 +36,7 @@ from chorus.kernels import (
     AttentionPlan,
     AttentionRow,
     LowRankCapacity,
+    SlotSegment,
     decode_ranges,
     is_short,
     low_rank_family,

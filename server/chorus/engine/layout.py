@@ -13,10 +13,9 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from chorus.adapters.pool import SlotSegment
 from chorus.engine import sequence
 from chorus.engine.schedule import Chunk
-from chorus.kernels import AttentionRow
+from chorus.kernels import AttentionRow, SlotSegment
 
 
 class Scored(NamedTuple):

@@ -97,8 +97,13 @@ class Simulation:
         self._pool = SimulatedPool(limits.adapter_bytes)
         self._loaders = SimulatedLoaders(lambda name: cost.load + cost.load_byte * self._adapters[name].size)
         self._residency = Residency(
-            cast(AdapterPool, self._pool), self._load, host_bytes=limits.adapter_host_bytes, executor=self._loaders
+            cast(AdapterPool, self._pool),
+            self._load,
+            host_bytes=limits.adapter_host_bytes,
+            on_ready=self._wake,
+            executor=self._loaders,
         )
+        self._is_woken = False
         self._scheduler = Scheduler(
             pool=BlockPool(limits.kv_blocks, limits.block_size),
             gate=ResidencyGate(self._residency),
@@ -121,6 +126,8 @@ class Simulation:
                 arrived += 1
             self._take_loads(now, report)
             schedule = self._scheduler.schedule(now)
+            if not schedule.chunks and self._is_woken:
+                continue
             if not schedule.chunks:
                 next_arrival = requests[arrived].at if arrived < len(requests) else float("inf")
                 waits = now + IDLE_WAIT_S if self._scheduler.waiting else float("inf")
@@ -158,6 +165,7 @@ class Simulation:
 
     def _take_loads(self, now: float, report: Report) -> None:
         self._loaders.advance(now)
+        self._is_woken = False
         for outcome in self._residency.advance():
             if outcome.error and outcome.error.reason != NO_ADAPTER_ROOM:
                 for request_id in self._scheduler.fail_adapter(outcome.digest):
@@ -180,6 +188,10 @@ class Simulation:
         if self._check:
             self._scheduler.check_integrity()
             self._residency.check_integrity()
+
+    def _wake(self) -> None:
+        """Residency has something to do."""
+        self._is_woken = True
 
     def _load(self, name: str, _: str) -> LoadedHost:
         return LoadedHost(cast(Any, self._adapters[name]))
