@@ -39,8 +39,9 @@ from loads.live_server import live_server
 from loads.open_loop import TENANT, adapter_name
 
 RANK, TOKENS = 8, 900
-PASSING = {"visit": 1, "host": 4, "disk": 12}
-MEMORY_MB, HOST_MB = 1, 2  # three adapters of the embedded base; six copies
+PASSING = {"visit": range(1, 2), "host": range(2, 6), "disk": range(6, 18)}
+MEMORY_MB, HOST_MB = 1, 2  # three adapters of the embedded base; seven copies
+SOURCES = ("host", "disk")
 
 
 async def decode(client: AsyncClient, streams: int) -> list[float]:
@@ -61,23 +62,29 @@ async def decode(client: AsyncClient, streams: int) -> list[float]:
 def come_and_go(server: str, per_second: float, pipe: Connection) -> None:
     """The other client. Says when it is there.
 
-    It is told how many adapters there are to come and go. Until the next word it asks for a token of one after the
-    other, and answers with how many waited to be loaded. It ends with 0.
+    It is told which adapters come and go. It asks for a token of each, says so, and goes on with one after the other
+    until the next word, at least once. It ends with None.
     """
 
     async def ask() -> None:
         async with AsyncClient(server) as client:
+
+            async def visit(number: int) -> None:
+                began = time.perf_counter()
+                await client.generate([20, 21], adapter=f"{TENANT}/{adapter_name(number)}", max_tokens=1)
+                await asyncio.sleep(max(1 / per_second - (time.perf_counter() - began), 0))
+
             pipe.send("ready")
-            while count := pipe.recv():
-                names = itertools.cycle([adapter_name(i) for i in range(1, count + 1)])
-                loads = 0
-                while not pipe.poll():
-                    began = time.perf_counter()
-                    answer = await client.generate([20, 21], adapter=f"{TENANT}/{next(names)}", max_tokens=1)
-                    loads += answer.timing.adapter_load > 0
-                    await asyncio.sleep(max(1 / per_second - (time.perf_counter() - began), 0))
+            while numbers := pipe.recv():
+                for number in numbers:
+                    await visit(number)
+                pipe.send("begun")
+                for number in itertools.cycle(numbers):
+                    await visit(number)
+                    if pipe.poll():
+                        break
                 pipe.recv()
-                pipe.send(loads)
+                pipe.send("ended")
 
     asyncio.run(ask())
 
@@ -92,43 +99,53 @@ def passing(server: str, per_second: float) -> Iterator[Connection]:
     try:
         ours.recv()
         yield ours
-        ours.send(0)
+        ours.send(None)
     finally:
         ours.close()
         process.join()
 
 
-async def measure(client: AsyncClient, others: Connection, arguments: argparse.Namespace) -> dict[str, Any]:
+async def measure(client: AsyncClient, others: Connection, metrics: str, rounds: int, streams: int) -> dict[str, Any]:
     """p50 and p99 of a quiet server and with each sort of visitors, in turns, and what these are times the first."""
     gaps: dict[str, list[list[float]]] = {which: [] for which in ("quiet", *PASSING)}
-    loads, seconds = dict.fromkeys(PASSING, 0), dict.fromkeys(PASSING, 0.0)
-    for turn in range(arguments.rounds + 1):
-        quiet = await decode(client, arguments.streams)
-        for which, count in PASSING.items():
-            others.send(count)
-            began = time.perf_counter()
-            disturbed = await decode(client, arguments.streams)
-            others.send(count)
-            loaded = await asyncio.to_thread(others.recv)
+    loads = {which: dict.fromkeys(SOURCES, 0.0) for which in PASSING}
+    seconds = dict.fromkeys(PASSING, 0.0)
+
+    async def told(word: object) -> None:
+        others.send(word)
+        await asyncio.to_thread(others.recv)
+
+    for turn in range(rounds + 1):
+        quiet = await decode(client, streams)
+        for which, numbers in PASSING.items():
+            await told(numbers)
+            before, began = loads_so_far(metrics), time.perf_counter()
+            disturbed = await decode(client, streams)
+            await told("stop")
             if turn:  # in the first, steps are recorded
-                loads[which] += loaded
                 seconds[which] += time.perf_counter() - began
+                for source, count in loads_so_far(metrics).items():
+                    loads[which][source] += count - before[source]
                 gaps[which].append(disturbed)
         if turn:
             gaps["quiet"].append(quiet)
-    row: dict[str, Any] = {f"{which}_loads_per_second": loads[which] / seconds[which] for which in PASSING}
-    for which, rounds in gaps.items():
+    row: dict[str, Any] = {"loads": loads}
+    for which in PASSING:
+        if wrong := [source for source in SOURCES if loads[which][source] and source != which]:
+            sys.exit(f"{which}: versions came from {wrong[0]}: {loads[which]}")
+        row[f"{which}_loads_per_second"] = sum(loads[which].values()) / seconds[which]
+    for which, times in gaps.items():
         for percent in (50, 99):
-            row[f"{which}_p{percent}_ms"] = statistics.median(float(np.percentile(r, percent)) for r in rounds) * 1e3
+            row[f"{which}_p{percent}_ms"] = statistics.median(float(np.percentile(t, percent)) for t in times) * 1e3
             row[f"{which}_p{percent}_ratio"] = row[f"{which}_p{percent}_ms"] / row[f"quiet_p{percent}_ms"]
     return row
 
 
-def from_host(address: str) -> int:
-    """How many versions have come from host memory."""
+def loads_so_far(address: str) -> dict[str, float]:
+    """How many versions have come to the device, by where from."""
     text = urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read().decode()
-    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("chorus_adapter_hits_total"))
-    return int(float(values['chorus_adapter_hits_total{tier="host"}']))
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("chorus_adapter_loads_total"))
+    return {source: float(values[f'chorus_adapter_loads_total{{source="{source}"}}']) for source in SOURCES}
 
 
 async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -136,13 +153,13 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     options = ("--adapter-memory-mb", str(MEMORY_MB), "--adapter-host-mb", str(HOST_MB), "--threads", "1")
     with live_server(folder / "state", *options) as server:
         async with AsyncClient(server.inference, admin=server.admin) as client:
-            for i in range(max(PASSING.values()) + 1):
+            for i in (0, *itertools.chain(*PASSING.values())):
                 path = write_adapter(shape, folder / adapter_name(i), i, [RANK])
                 await client.push(path, tenant=TENANT, name=adapter_name(i))
             with passing(server.inference, arguments.per_second) as pipe:
                 others = Others()
-                row = await measure(client, pipe, arguments)
-                return {**row, "from_host": from_host(server.metrics), "others_cores": others.refuse()}
+                row = await measure(client, pipe, server.metrics, arguments.rounds, arguments.streams)
+                return {**row, "others_cores": others.refuse()}
 
 
 def main() -> None:
@@ -156,7 +173,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         row = asyncio.run(run(arguments, Path(name)))
     for name, value in row.items():
-        print(f"{name:22} {value:8.3f}", file=sys.stderr)
+        print(f"{name:22} {value if isinstance(value, dict) else round(value, 3)}", file=sys.stderr)
     record("churn", {"streams": arguments.streams, "per_second": arguments.per_second, **row})
     if arguments.json:
         print(json.dumps(row))

@@ -92,6 +92,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--input", type=int, nargs=2, default=[8, 128], metavar=("LOW", "HIGH"), help="prompt tokens")
     parser.add_argument("--output", type=int, nargs=2, default=[8, 128], metavar=("LOW", "HIGH"), help="new tokens")
     parser.add_argument("--resident", type=int, default=128, help="adapters that fit on the device")
+    parser.add_argument("--in-host", type=int, default=0, help="adapters whose copies fit into host memory")
     parser.add_argument("--max-rows", type=int, default=64)
     parser.add_argument("--kv-tokens", type=int, default=262144, help="tokens that fit into the KV cache")
     parser.add_argument("--shared", type=int, default=0, help="tokens at the beginning of all prompts to an adapter")
@@ -132,6 +133,7 @@ def simulate(
         "computed_tokens": report.computed,
         "preemptions": report.preemptions,
         "loads": report.loads,
+        "from_host": report.from_host,
         "evictions": report.evictions,
         "simulated_in_s": time.perf_counter() - began,
     }
@@ -142,6 +144,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, Any]:
         kv_blocks=arguments.kv_tokens // BLOCK_SIZE,
         block_size=BLOCK_SIZE,
         adapter_bytes=arguments.resident,
+        adapter_host_bytes=arguments.in_host,
         max_rows=arguments.max_rows,
     )
     row = simulate(workload_of(arguments), limits, arguments.cost, arguments.shared)

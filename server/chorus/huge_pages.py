@@ -23,6 +23,6 @@ def asked_for(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def start_again() -> None:
-    """For a program whose parent does not ask, first of all: the same command once more, with them."""
+    """For a program whose parent does not ask: the same command once more, with them. Before it has done anything."""
     if (asking := asked_for(os.environ)) != dict(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], asking)

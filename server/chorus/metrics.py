@@ -94,7 +94,8 @@ class Metrics:
         self._evictions.labels("device").inc(stats.evictions)
         self._evictions.labels("host").inc(stats.host_evictions)
         self._hits.labels("device").inc(stats.adapter_hits)
-        self._hits.labels("host").inc(stats.host_hits)
+        self._loads.labels("disk").inc(stats.loads_from_disk)
+        self._loads.labels("host").inc(stats.loads_from_host)
         if events.ran:
             self._steps.inc()
             for how, count in stats.launches.items():
@@ -196,9 +197,12 @@ class Metrics:
         )
         self._evictions = self._counter("chorus_adapter_evictions_total", "Versions evicted.", "tier")
         self._hits = self._counter("chorus_adapter_hits_total", "Requests that found their version.", "tier")
-        for counter in (self._evictions, self._hits):
-            for tier in TIERS:
-                counter.labels(tier)
+        self._hits.labels("device")
+        for tier in TIERS:
+            self._evictions.labels(tier)
+        self._loads = self._counter("chorus_adapter_loads_total", "Versions that came to the device.", "source")
+        for source in ("disk", "host"):
+            self._loads.labels(source)
         self._steps = self._counter("chorus_engine_steps_total", "Forward passes.")
         self._launches = self._counter(
             "chorus_graph_steps_total",

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from chorus.adapters import rank_blocks
 from chorus.adapters.rank_blocks import RankBlocks, place
 
 WIDTHS = {"q 0": 6, "down 0": 10, "q 1": 6, "k 1": 6, "down 1": 10, "head": 7}
@@ -35,7 +36,11 @@ def test_each_site_has_rows_of_its_own_where_an_allocation_might_begin(dtype: to
 @pytest.mark.parametrize(
     "names", [list(WIDTHS), ["q 1"], ["q 0", "k 1"], ["down 1", "head"], ["q 1", "k 1", "down 0"]], ids="+".join
 )
-def test_factors_come_to_their_rows_of_their_sites_and_nowhere_else(names: list[str], rows: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("piece_bytes", [1, 200, 1 << 20])  # a site at a time, two of the narrow ones, all
+def test_factors_come_to_their_rows_of_their_sites_and_nowhere_else(
+    names: list[str], rows: tuple[int, ...], piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_blocks, "_PIECE_BYTES", piece_bytes)
     memory, own = blocks(), factors(names, len(rows))
     memory.write(place(rows, CPU), own)
     for name, there in memory.of.items():

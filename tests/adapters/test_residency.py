@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from chorus.adapters.kinds import LoweredAdapter, LowRankFactors
 from chorus.adapters.pool import AdapterPool
-from chorus.adapters.residency import AHEAD, LoadedHost, LoadOutcome, Residency
+from chorus.adapters.residency import AHEAD, SITE_BYTES, LoadedHost, LoadOutcome, Residency
 from chorus.errors import ChorusError, FailedPrecondition, ResourceExhausted
 from chorus.kernels import SlotSegment
 from chorus.models.sites import Site
@@ -32,10 +32,25 @@ def make_pool(rows: int = 32) -> AdapterPool:
 
 
 def load_by_name(digest: str, path: str) -> LoadedHost:
-    """Paths are "RANK" or "bad"."""
+    """Paths are "RANK" or "bad"; factors are all one number, another for each version."""
     if path == "bad":
         raise FailedPrecondition("bad adapter")
-    return LoadedHost(lowered(int(path)), (("host", 0.5),))
+    return LoadedHost(lowered(int(path), number_of(digest)), (("host", 0.5),))
+
+
+def number_of(digest: str) -> float:
+    return float(1 + int.from_bytes(digest.encode(), "big") % 251)
+
+
+def assert_holds(pool: AdapterPool, slot: int, digest: str) -> None:
+    """The slot's rows of all sites have the version's numbers."""
+    for (segment,), names in pool.layouts([SlotSegment(0, 1, slot)]):
+        for name in names:
+            a, b, scale = pool.pools[name]
+            rows = list(segment.pool_rows)
+            assert a[rows].eq(number_of(digest)).all()
+            assert b[rows].eq(number_of(digest)).all()
+            assert scale[rows].eq(0.5).all()
 
 
 def settle(residency: Residency) -> list[LoadOutcome]:
@@ -251,8 +266,9 @@ class Reader:
         return load_by_name(digest, path)
 
 
-# What `lowered(8)` takes in float32: A and B at two sites.
+# What `lowered(8)` takes in float32: A and B at two sites. And what a copy of it is counted as.
 BYTES_8 = 2 * 8 * (4 + 6) * 4
+COPY_8 = BYTES_8 + 2 * SITE_BYTES
 
 
 def visited(residency: Residency, digest: str, path: str = "8") -> LoadOutcome:
@@ -266,25 +282,33 @@ def visited(residency: Residency, digest: str, path: str = "8") -> LoadOutcome:
 
 def test_what_was_evicted_comes_back_without_being_read() -> None:
     reader, pool = Reader(), make_pool(rows=8)
-    residency = Residency(pool, reader, host_bytes=2 * BYTES_8, executor=InlineExecutor())
+    residency = Residency(pool, reader, host_bytes=2 * COPY_8, executor=InlineExecutor())
     for digest in "ab":
         assert [stage for stage, _ in visited(residency, digest).seconds_by_stage] == ["host", "device"]
     assert [stage for stage, _ in visited(residency, "a").seconds_by_stage] == ["device"]
     assert reader.read == ["a", "b"]
-    assert (residency.evictions, residency.host_hits, residency.host_evictions) == (2, 1, 0)
+    assert (residency.evictions, residency.host_evictions) == (2, 0)
+    assert (residency.loads_from_disk, residency.loads_from_host) == (2, 1)
     assert residency.counts == (1, 2, 0)
     assert {r.digest: (r.tier.value, r.bytes, r.max_rank) for r in residency.residents()} == {
         "a": ("device", BYTES_8, 8),
         "b": ("host", BYTES_8, 8),
     }
-    for name in SITES:
-        assert pool.pools[name].a.eq(1).all()
+    slot = residency.acquire("a", "8")
+    assert slot is not None
+    assert_holds(pool, slot, "a")
 
 
 def test_who_asks_for_a_version_with_a_copy_does_not_wait_for_anything_else() -> None:
     """An engine without work sleeps until it is woken."""
     woken: list[None] = []
-    residency = Residency(make_pool(rows=8), load_by_name, host_bytes=2 * BYTES_8, on_ready=lambda: woken.append(None))
+    residency = Residency(
+        make_pool(rows=8),
+        load_by_name,
+        host_bytes=2 * COPY_8,
+        on_ready=lambda: woken.append(None),
+        executor=InlineExecutor(),
+    )
     visited(residency, "a")
     visited(residency, "b")
     before = len(woken)
@@ -297,7 +321,7 @@ def test_who_asks_for_a_version_with_a_copy_does_not_wait_for_anything_else() ->
 
 def test_the_copy_used_least_recently_makes_room_and_one_without_room_is_read_again() -> None:
     reader = Reader()
-    residency = Residency(make_pool(rows=8), reader, host_bytes=2 * BYTES_8, executor=InlineExecutor())
+    residency = Residency(make_pool(rows=8), reader, host_bytes=2 * COPY_8, executor=InlineExecutor())
     for digest in "abac":  # b is the one that goes
         visited(residency, digest)
     assert residency.host_evictions == 1
@@ -309,7 +333,7 @@ def test_the_copy_used_least_recently_makes_room_and_one_without_room_is_read_ag
 def test_of_what_leaves_the_device_the_copy_stays() -> None:
     """It is the oldest copy, but nobody asked for it as long as the version was on the device."""
     reader = Reader()
-    residency = Residency(make_pool(rows=16), reader, host_bytes=2 * BYTES_8, executor=InlineExecutor())
+    residency = Residency(make_pool(rows=16), reader, host_bytes=2 * COPY_8, executor=InlineExecutor())
     for digest in "ab":
         acquired(residency, digest)
     residency.release("a")
@@ -321,7 +345,7 @@ def test_of_what_leaves_the_device_the_copy_stays() -> None:
 
 def test_a_copy_larger_than_host_memory_is_not_kept() -> None:
     reader = Reader()
-    residency = Residency(make_pool(rows=16), reader, host_bytes=BYTES_8, executor=InlineExecutor())
+    residency = Residency(make_pool(rows=16), reader, host_bytes=COPY_8, executor=InlineExecutor())
     visited(residency, "small")
     visited(residency, "large", "16")
     visited(residency, "small")
@@ -332,7 +356,7 @@ def test_a_copy_larger_than_host_memory_is_not_kept() -> None:
 
 def test_an_unloaded_version_leaves_host_memory_too() -> None:
     reader = Reader()
-    residency = Residency(make_pool(rows=8), reader, host_bytes=8 * BYTES_8, executor=InlineExecutor())
+    residency = Residency(make_pool(rows=8), reader, host_bytes=8 * COPY_8, executor=InlineExecutor())
     visited(residency, "a")
     visited(residency, "b")
     residency.unload("a")
@@ -344,20 +368,59 @@ def test_an_unloaded_version_leaves_host_memory_too() -> None:
     assert reader.read == ["a", "b", "a"]
 
 
-def test_of_those_in_line_only_the_first_hold_what_host_memory_may_have_to_give_away() -> None:
+def test_who_waits_with_a_copy_holds_none_and_waits_for_nobodys_load() -> None:
+    """All copies stay within their memory, however many wait; and loads before it in line take their time."""
     names = [f"v{i}" for i in range(AHEAD + 3)]
-    residency = Residency(make_pool(rows=8), Reader(), host_bytes=len(names) * BYTES_8, executor=InlineExecutor())
+    residency = Residency(
+        make_pool(rows=8), load_by_name, host_bytes=len(names) * COPY_8, executor=(executor := InlineExecutor())
+    )
     for name in names:
         visited(residency, name)
-    residency.pin(names[-1], "8")
+    executor.is_stuck = True
+    for i in range(AHEAD + 1):
+        residency.request(f"new-{i}", "8")
     for name in names[:-1]:
         residency.request(name, "8")
-    residency.advance()
-    held = [r.digest for r in residency.residents() if r.host is not None and r.digest in residency._in_line]
-    assert held == names[:AHEAD]
-    residency.unpin(names[-1])
+    assert {r.digest: r.tier.value for r in residency.residents()} == {
+        names[-1]: "device",
+        **dict.fromkeys(names[:-1], "host"),
+        **{f"new-{i}": "loading" for i in range(AHEAD + 1)},
+    }
+    assert all(resident.host is None for resident in residency._residents.values())
     came = [outcome.digest for _ in range(40) for outcome in residency.advance()]
     assert came == names[:-1]
+    residency.check_integrity()
+
+
+def test_a_copy_that_goes_while_its_version_waits_is_read_again() -> None:
+    reader = Reader()
+    residency = Residency(make_pool(rows=16), reader, host_bytes=2 * COPY_8, executor=InlineExecutor(), forget_turns=3)
+    visited(residency, "a")
+    for digest in "bc":  # in the place of a, whose copy stays, and that of c
+        acquired(residency, digest)
+    residency.request("d", "8")  # read, and forgotten as there is no room: its copy takes the place of that of a
+    for _ in range(8):
+        assert residency.acquire("a", "8") is None
+        residency.advance()
+    residency.check_integrity()
+    residency.release("b")
+    for _ in range(4):
+        residency.request("a", "8")
+        residency.advance()
+    assert residency.on_device("a")
+    assert reader.read == ["a", "b", "c", "d", "a"]
+
+
+def test_what_was_read_and_found_no_room_leaves_a_copy() -> None:
+    reader = Reader()
+    residency = Residency(make_pool(rows=8), reader, host_bytes=2 * COPY_8, executor=InlineExecutor(), forget_turns=3)
+    acquired(residency, "held")
+    residency.request("b", "8")
+    outcomes = [outcome for _ in range(8) for outcome in residency.advance()]
+    assert [type(outcome.error) for outcome in outcomes] == [ResourceExhausted]
+    residency.release("held")
+    visited(residency, "b")
+    assert reader.read == ["held", "b"]
 
 
 def test_slots_are_never_used_twice() -> None:
@@ -381,10 +444,14 @@ def test_mixed_ranks_take_their_rows_and_no_more() -> None:
 
 
 class InlineExecutor(Executor):
-    """Runs what is submitted at once, so that a run of the machine can be repeated exactly."""
+    """Runs what is submitted at once, so that a run of the machine can be repeated exactly; or never."""
+
+    is_stuck = False
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
         future: Future[Any] = Future()
+        if self.is_stuck:
+            return future
         try:
             future.set_result(fn(*args, **kwargs))
         except ChorusError as error:
@@ -472,7 +539,7 @@ class ResidencyMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = make_pool(rows=24)
-        self.residency = Residency(self.pool, load_by_name, host_bytes=3 * BYTES_8, executor=InlineExecutor())
+        self.residency = Residency(self.pool, load_by_name, host_bytes=3 * COPY_8, executor=InlineExecutor())
         self.refs: dict[str, int] = {}
 
     digests = st.sampled_from("abcde")
@@ -510,6 +577,9 @@ class ResidencyMachine(RuleBasedStateMachine):
         for digest, count in self.refs.items():
             if count:
                 assert self.residency.on_device(digest)
+        for resident in self.residency.residents():
+            if resident.slot is not None:
+                assert_holds(self.pool, resident.slot, resident.digest)
 
     def teardown(self) -> None:
         for digest, count in self.refs.items():

@@ -14,7 +14,8 @@ def test_adapters_come_and_go_while_streams_are_timed(tmp_path: Path, monkeypatc
     monkeypatch.setattr(churn, "TOKENS", 60)
     monkeypatch.setattr(Others, "refuse", Others.cores)
     row = asyncio.run(churn.run(Namespace(rounds=1, streams=2, per_second=20.0), tmp_path))
-    assert row["visit_loads_per_second"] < min(row["host_loads_per_second"], row["disk_loads_per_second"])
-    assert row["from_host"] > 0
+    assert row["loads"]["visit"] == {"host": 0, "disk": 0}
+    assert row["loads"]["host"]["host"] > row["loads"]["host"]["disk"] == 0
+    assert row["loads"]["disk"]["disk"] > row["loads"]["disk"]["host"] == 0
     assert 0 < row["quiet_p50_ms"] <= row["quiet_p99_ms"]
     assert row["disk_p99_ratio"] == pytest.approx(row["disk_p99_ms"] / row["quiet_p99_ms"])

@@ -115,5 +115,5 @@ def test_wrong_turns_end_in_one_line_that_says_what_to_do(desk: Desk) -> None:
     assert "--port" in taken
     ports = ("--port", "0", "--admin-port", "0", "--metrics-port", "0")
     greedy = desk.refused("serve", "--kv-cache-mb", "999999999", "--state-dir", "third", *ports)
-    assert re.search("--kv-cache-mb 999999999 .* MiB of this machine; grant less", greedy)
+    assert re.search("--kv-cache-mb 999999999, .* MiB of this machine; grant less", greedy)
     assert "no-such-model" in desk.refused("serve", "--model", "./no-such-model", "--state-dir", "third", "--port", "0")

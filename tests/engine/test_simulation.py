@@ -65,7 +65,9 @@ def test_what_comes_from_host_memory_takes_no_load() -> None:
     order = [0, 1, 2, 0]  # two fit on the device, and all in host memory
     limits = replace(SMALL, adapter_host_bytes=30)
     requests = [SimulatedRequest(3.0 * i, 4, 2, adapter(which)) for i, which in enumerate(order)]
-    again = run(requests, limits).answers[-1]
+    report = run(requests, limits)
+    assert (report.loads, report.from_host) == (4, 1)
+    again = report.answers[-1]
     assert again.first_token == pytest.approx(9.0 + STEP + 4 * 0.001 + 0.002)
     read = run(requests).answers[-1].first_token
     assert read is not None

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from support.claims import assert_solo_greedy
 from support.server import ServerProcess
 from support.worlds import PROMPT, TinyWorld
 
-EVICTIONS, HITS, STEPS = "chorus_adapter_evictions_total", "chorus_adapter_hits_total", "chorus_engine_steps_total"
+EVICTIONS, LOADS, STEPS = "chorus_adapter_evictions_total", "chorus_adapter_loads_total", "chorus_engine_steps_total"
 # A site has 80 rank rows: the two that decode take 16, two of the others fit beside them.
 STAYING = ("", "stays-1", "stays-2")
 PASSING = {f"passes-{i}": 32 for i in range(6)}
@@ -53,21 +54,25 @@ def decode(client: Client) -> list[tuple[int, ...]]:
 
 
 @contextmanager
-def churn(client: Client) -> Iterator[None]:
-    """Asks one passing adapter after the other for a token, each of which has to be loaded, 20 times a second."""
-    over = threading.Event()
+def churn(client: Client) -> Iterator[dict[str, set[tuple[int, ...]]]]:
+    """Asks one passing adapter after the other for tokens, each of which has to be loaded, 20 times a second.
+
+    Gives what each has answered.
+    """
+    over, answers = threading.Event(), defaultdict[str, set[tuple[int, ...]]](set)
 
     def come_and_go() -> None:
         while not over.is_set():
             for name in PASSING:
                 began = time.monotonic()
-                client.generate(PROMPT, adapter=f"t16/{name}", max_tokens=1)
+                answer = client.generate(PROMPT, adapter=f"t16/{name}", max_tokens=2, temperature=0)
+                answers[name].add(answer.token_ids)
                 over.wait(max(0.05 - (time.monotonic() - began), 0))
 
     with ThreadPoolExecutor(1) as thread:
         passing = thread.submit(come_and_go)
         try:
-            yield
+            yield answers
         finally:
             over.set()
             passing.result(20)
@@ -80,16 +85,18 @@ def test_adapters_that_come_and_go_change_nobodys_tokens(tight: ServerProcess, h
         quiet = decode(client)
         assert len(set(quiet)) == len(STAYING), "the adapters make no difference"
         before = tight.scrape()
-        with churn(client):
+        with churn(client) as passing:
             disturbed = decode(client)
         after = tight.scrape()
     evictions = after.value(EVICTIONS, tier="device") - before.value(EVICTIONS, tier="device")
     steps = after.value(STEPS) - before.value(STEPS)
     # Counted in steps: a slow machine is slow at both.
     assert evictions > PER_SECOND * STEP_S * steps / 2, "hardly anything came and went"
-    from_host = after.value(HITS, tier="host") - before.value(HITS, tier="host")
-    assert from_host == 0 if host_mb == 0 else from_host > evictions / 2
+    host, disk = (after.value(LOADS, source=it) - before.value(LOADS, source=it) for it in ("host", "disk"))
+    assert host == 0 if host_mb == 0 else disk <= len(PASSING) < host
     assert disturbed == quiet
+    assert {name: len(answers) for name, answers in passing.items()} == dict.fromkeys(PASSING, 1), "answers changed"
+    assert len(set.union(*passing.values())) > 1, "the passing adapters make no difference"
     assert_solo_greedy(world.base, folder(world, "stays-1", 8), PROMPT, disturbed[1][:24])
 
 

@@ -1,10 +1,10 @@
 """Adapters in host memory, which go to the device without being read and checked again.
 
-    disk ──(loader thread: 3 ms of one core)──> host copy ──(step thread: 0.5 ms)──> device
-                                                    └── stays here, within a budget
+    disk ──(loader thread: 3 to 4 ms of one core)──> host copy ──(step thread: 0.2 ms)──> device
+                                                         └── stays here, within a budget
 
-The least recently used copy leaves first. A version on the device keeps its copy here as long as there is room, so that
-its place there can be given away at any time.
+The copy used least recently leaves first. A version on the device has its copy here too, as long as there is room; it
+counts as used when the version comes to the device and when it leaves it.
 """
 
 from collections import OrderedDict
@@ -15,20 +15,24 @@ from chorus.adapters.kinds import LoweredAdapter
 
 
 class HostCopy(NamedTuple):
-    """An adapter as its loader gave it, what it takes, and where it was read."""
+    """An adapter as its loader gave it, where it was read, and what residency tells of it."""
 
     adapter: LoweredAdapter
-    bytes: int
     path: str
+    rank_rows: int
+    bytes: int
+    """Of its factors."""
+    held: int
+    """Bytes of host memory, what Python and torch need for each factor among them."""
 
 
 class HostCache:
-    """Copies by digest, of `budget` bytes together at most."""
+    """Copies by digest, which hold `budget` bytes together at most."""
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
         self._copies: OrderedDict[str, HostCopy] = OrderedDict()
-        self.bytes_used = 0
+        self.held = 0
         self.evictions = 0
         """Copies that had to make room."""
 
@@ -41,29 +45,31 @@ class HostCache:
     def items(self) -> Iterator[tuple[str, HostCopy]]:
         yield from self._copies.items()
 
-    def find(self, digest: str) -> HostCopy | None:
-        """The version's copy, which counts as a use."""
-        copy = self._copies.get(digest)
-        if copy is not None:
+    def get(self, digest: str) -> HostCopy | None:
+        return self._copies.get(digest)
+
+    def touch(self, digest: str) -> None:
+        """The version's copy, if there is one, has been in use."""
+        if digest in self._copies:
             self._copies.move_to_end(digest)
-        return copy
 
     def keep(self, digest: str, copy: HostCopy) -> None:
         """Takes a copy in, in the place of those used least recently; one larger than the budget is not kept."""
-        if digest in self._copies or copy.bytes > self._budget:
+        if copy.held > self._budget:
             return
-        while self.bytes_used + copy.bytes > self._budget:
+        self.drop(digest)
+        while self.held + copy.held > self._budget:
             self.drop(next(iter(self._copies)))
             self.evictions += 1
         self._copies[digest] = copy
-        self.bytes_used += copy.bytes
+        self.held += copy.held
 
     def drop(self, digest: str) -> None:
         """Forgets a version's copy, if there is one."""
         if (copy := self._copies.pop(digest, None)) is not None:
-            self.bytes_used -= copy.bytes
+            self.held -= copy.held
 
     def check_integrity(self) -> None:
         """Raises AssertionError when bytes are miscounted, or more than granted."""
-        assert self.bytes_used == sum(copy.bytes for copy in self._copies.values()), "host bytes are miscounted"
-        assert self.bytes_used <= self._budget, "more host memory than granted"
+        assert self.held == sum(copy.held for copy in self._copies.values()), "host bytes are miscounted"
+        assert self.held <= self._budget, "more host memory than granted"

@@ -27,7 +27,7 @@ def mapped(size: int) -> mmap.mmap:
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """Contiguous tensors of one shape as one; without a copy where they lie one after the other, as `copies` lays them.
 
-    Then it is theirs, not to be written to.
+    Then it is theirs, not to be written to. At least one tensor, none without elements.
     """
     first, last = tensors[0], tensors[-1]
     begin, size = first.data_ptr(), first.nbytes

@@ -75,7 +75,7 @@ class AdapterPool:
 
     def load(self, adapter: LoweredAdapter) -> int | None:
         """Copies an adapter in; its slot, or None when there is no room at some site."""
-        if not all(self._pages[name].fits(f.a.shape[0]) for name, f in adapter.low_rank.items()):
+        if not all(self._pages[name].fits(f.rank) for name, f in adapter.low_rank.items()):
             return None
         slot, self._next_slot = self._next_slot, self._next_slot + 1
         names_at: dict[tuple[int, ...], list[str]] = {}

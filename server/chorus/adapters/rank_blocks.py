@@ -16,6 +16,8 @@ from torch import Tensor
 
 from chorus.adapters.host_memory import stacked
 
+# Of a piece that is copied at a time: so much a device needs beside the pools while an adapter comes.
+_PIECE_BYTES = 16 << 20
 # Bytes that a site's rows begin at a multiple of, as an allocation of their own would.
 _ALIGNED = 512
 
@@ -44,9 +46,12 @@ class RankBlocks:
     def write(self, rows: Place, tensors: Mapping[str, Tensor]) -> None:
         """Copies to the given rows of each site its tensor [rank, width]."""
         for memory, names in self._blocks:
-            if sites := [i for i, name in enumerate(names) if name in tensors]:
-                own = stacked([tensors[names[i]] for i in sites])
-                memory[_places(sites, rows, memory.device)] = own.to(memory.device, memory.dtype)
+            sites = [i for i, name in enumerate(names) if name in tensors]
+            at_once = max(_PIECE_BYTES // tensors[names[sites[0]]].nbytes, 1) if sites else 1
+            for first in range(0, len(sites), at_once):
+                part = sites[first : first + at_once]
+                own = stacked([tensors[names[i]] for i in part])
+                memory[_places(part, rows, memory.device)] = own.to(memory.device, memory.dtype)
 
     def fill(self, rows: Place, numbers: Mapping[str, float]) -> None:
         """Each site's number, all over the given rows of it."""

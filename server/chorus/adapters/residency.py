@@ -17,7 +17,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import islice
 from typing import NamedTuple
@@ -39,6 +39,8 @@ PATIENCE_TURNS = 32
 # Turns after which a version that waits for room, and that nobody asks for any more, leaves the line.
 FORGET_TURNS = 512
 ROOM_RETRY_S = 1.0
+# Of host memory, for Python's and torch's objects of an adapter's factors at a site: measured, 950 and 1,200.
+SITE_BYTES = 1200
 NO_ADAPTER_ROOM = "NO_ADAPTER_ROOM"
 
 
@@ -78,7 +80,7 @@ class Resident:
     digest: str
     path: str
     loading: Future[LoadedHost] | None = None
-    host: LoweredAdapter | None = None
+    host: HostCopy | None = None
     slot: int | None = None
     refs: int = 0
     unwanted: bool = False
@@ -137,8 +139,10 @@ class Residency:
         self._turns_without_room = 0
         self.evictions = 0
         self.hits = 0
-        self.host_hits = 0
-        """Versions that came from host memory; `hits` are requests that found theirs on the device."""
+        """Requests that found their version on the device."""
+        self.loads_from_disk = 0
+        """Versions that came to the device from there; so `loads_from_host`."""
+        self.loads_from_host = 0
 
     @property
     def host_evictions(self) -> int:
@@ -150,7 +154,10 @@ class Residency:
         resident = self._residents.get(digest)
         if resident is None:
             resident = self._residents[digest] = self._in_line[digest] = Resident(digest, path)
-            self._start_loads()
+            if digest in self._copies:
+                self._on_ready()
+            else:
+                self._start_loads()
         resident.unwanted = False
         resident.wanted_at = self._turn
         return resident
@@ -204,7 +211,7 @@ class Residency:
         room = True
         for resident in list(self._in_line.values()):
             try:
-                if not self._to_host(resident) or not room:
+                if not self._is_ready(resident) or not room:
                     continue
                 room = self._to_device(resident)
                 if room:
@@ -226,13 +233,13 @@ class Residency:
         wait([r.loading for r in self._in_line.values() if r.loading], timeout, return_when=FIRST_COMPLETED)
 
     def residents(self) -> list[Resident]:
-        """All versions in memory or on their way, each once."""
-        residents = list(self._residents.values())
+        """All versions in memory or on their way, each once; those that only have a copy come last."""
+        residents = dict(self._residents)
         for digest, copy in self._copies.items():
-            if digest not in self._residents:
-                residents.append(resident := Resident(digest, copy.path))
-                self._take(resident, copy.adapter)
-        return residents
+            resident = residents.get(digest) or Resident(digest, copy.path)
+            if resident.slot is None and resident.host is None:
+                residents[digest] = _with(replace(resident), copy)
+        return list(residents.values())
 
     def is_pinned(self, digest: str) -> bool:
         """Whether the operator keeps a version that is here."""
@@ -246,7 +253,7 @@ class Residency:
     @property
     def counts(self) -> Counts:
         """How many versions are where."""
-        waiting = sum(r.host is not None and r.digest not in self._copies for r in self._in_line.values())
+        waiting = sum(r.host is not None for r in self._in_line.values())
         return Counts(len(self._on_device), len(self._copies) + waiting, len(self._pinned))
 
     def kinds_of(self, slots: set[int]) -> int:
@@ -268,22 +275,16 @@ class Residency:
         assert all(r.refs >= 0 for r in on_device), "negative references"
 
     def _start_loads(self) -> None:
-        """Has the first in line read, unless there are copies of them."""
-        for resident in islice(self._in_line.values(), AHEAD):
-            if resident.loading is not None or resident.host is not None:
-                continue
-            if (copy := self._copies.find(resident.digest)) is not None:
-                self._take(resident, copy.adapter)
-                self.host_hits += 1
-                self._on_ready()
-            else:
+        """Has the first in line read, of those that have no copy."""
+        for resident in islice((r for r in self._in_line.values() if r.digest not in self._copies), AHEAD):
+            if resident.loading is None and resident.host is None:
                 resident.loading = self._executor.submit(self._load, resident.digest, resident.path)
                 resident.loading.add_done_callback(lambda _: self._on_ready())
 
-    def _to_host(self, resident: Resident) -> bool:
-        """True once a loader is done with it."""
+    def _is_ready(self, resident: Resident) -> bool:
+        """True once it is in host memory, because a loader is done with it or as a copy."""
         if resident.loading is None:
-            return resident.host is not None
+            return resident.host is not None or resident.digest in self._copies
         if not resident.loading.done():
             return False
         future, resident.loading = resident.loading, None
@@ -296,7 +297,9 @@ class Residency:
             logger.error("adapter %s could not be loaded, incident %s", resident.digest, incident, exc_info=error)
             raise InternalError(f"adapter {resident.digest[:12]} could not be loaded; incident {incident}") from error
         resident.seconds += stages
-        self._take(resident, adapter)
+        size = adapter.bytes(self._pool.dtype.itemsize)
+        held = size + SITE_BYTES * adapter.site_count
+        _with(resident, HostCopy(adapter, resident.path, self._pool.rows_of(adapter), size, held))
         if site := self._pool.too_large(adapter):
             raise FailedPrecondition(
                 f"adapter {resident.digest[:12]} needs more rank rows at {site} than the whole pool has; "
@@ -305,25 +308,21 @@ class Residency:
             )
         return True
 
-    def _take(self, resident: Resident, adapter: LoweredAdapter) -> None:
-        """The version's adapter is in host memory."""
-        resident.host = adapter
-        resident.kind = adapter.kind
-        resident.max_rank = adapter.max_rank
-        resident.rank_rows = self._pool.rows_of(adapter)
-        resident.bytes = adapter.bytes(self._pool.dtype.itemsize)
-
     def _to_device(self, resident: Resident) -> bool:
         """True once it is on the device; evicts what nobody uses to make room."""
-        assert resident.host is not None
+        copy = resident.host or self._copies.get(resident.digest)
+        assert copy is not None
         began = time.monotonic()
-        while (slot := self._pool.load(resident.host)) is None:
+        while (slot := self._pool.load(copy.adapter)) is None:
             victim = self._victim()
             if victim is None:
                 return False
             self._drop(victim)
             self.evictions += 1
-        self._copies.keep(resident.digest, HostCopy(resident.host, resident.bytes, resident.path))
+        self.loads_from_host += resident.host is None
+        self.loads_from_disk += resident.host is not None
+        self._copies.keep(resident.digest, copy)
+        _with(resident, copy)
         resident.slot, resident.host, resident.last_used = slot, None, self._turn
         self._on_device[slot] = self._in_line.pop(resident.digest)
         resident.seconds.append(("device", time.monotonic() - began))
@@ -338,6 +337,8 @@ class Residency:
         ]
         outcomes = []
         for resident in forgotten:
+            if resident.host is not None:
+                self._copies.keep(resident.digest, resident.host)
             self._drop(resident)
             error = ResourceExhausted(
                 f"the device had no room for adapter {resident.digest[:12]}; try again",
@@ -372,7 +373,7 @@ class Residency:
         """Out of everything, wherever it is."""
         if resident.slot is not None:
             self._pool.evict(resident.slot)
-            self._copies.find(resident.digest)  # it has been in use
+            self._copies.touch(resident.digest)
             del self._on_device[resident.slot]
         else:
             del self._in_line[resident.digest]
@@ -381,3 +382,11 @@ class Residency:
         self._pinned.discard(resident.digest)
         self._yielding.discard(resident.digest)
         del self._residents[resident.digest]
+
+
+def _with(resident: Resident, copy: HostCopy) -> Resident:
+    """The same version, in host memory."""
+    resident.host = copy
+    resident.kind, resident.max_rank = copy.adapter.kind, copy.adapter.max_rank
+    resident.rank_rows, resident.bytes = copy.rank_rows, copy.bytes
+    return resident

@@ -14,7 +14,7 @@ from chorus.models.base import Base
 def engine_of(
     base: Base, memory: MemoryPlan, config: ServerConfig, *, on_ready: Callable[[], None] = lambda: None
 ) -> Engine:
-    """`on_ready` is called from any thread when a load or a check has ended."""
+    """`on_ready` is called from any thread when a load or a check has ended, or a version's copy has been found."""
     return Engine(
         base,
         memory,

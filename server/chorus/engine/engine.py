@@ -53,6 +53,17 @@ class Ended(NamedTuple):
     told: list[m.Event]
 
 
+class Counters(NamedTuple):
+    """What only ever grows, and steps report the growth of."""
+
+    evictions: int = 0
+    host_evictions: int = 0
+    hits: int = 0
+    loads_from_disk: int = 0
+    loads_from_host: int = 0
+    pages: int = 0
+
+
 class Engine:
     """Owns the base model, the KV cache, the device's adapters and all sequences. Not thread-safe: one thread steps.
 
@@ -97,7 +108,7 @@ class Engine:
         self._in_flight = int(overlap)  # steps that the end of a turn leaves to the device
         self._flights: deque[Flight] = deque()
         self._ended_at = 0.0
-        self._counted = (0, 0, 0, 0, 0)  # of `_counters`, what earlier steps have reported
+        self._counted = Counters()  # what earlier steps have reported
 
     @property
     def has_work(self) -> bool:
@@ -257,7 +268,7 @@ class Engine:
         slots = ended.flight.slots if ended else set()
         versions, graphs = self.residency.counts, self._runner.graphs
         before, self._counted = self._counted, self._counters()
-        evictions, host_evictions, hits, host_hits, pages = map(sub, self._counted, before)
+        grown = Counters(*map(sub, self._counted, before))
         return m.StepStats(
             seconds=ended.seconds if ended else time.monotonic() - began,
             rows=len(chunks),
@@ -266,16 +277,17 @@ class Engine:
             distinct_adapters=len(slots),
             kinds=self.residency.kinds_of(slots),
             preemptions=len(schedule.preempted),
-            evictions=evictions,
-            host_evictions=host_evictions,
-            adapter_hits=hits,
-            host_hits=host_hits,
+            evictions=grown.evictions,
+            host_evictions=grown.host_evictions,
+            adapter_hits=grown.hits,
+            loads_from_disk=grown.loads_from_disk,
+            loads_from_host=grown.loads_from_host,
             running=self.scheduler.running,
             waiting=self.scheduler.waiting,
             waiting_for_adapter=self.scheduler.waiting_for_adapter,
             kv_usage=self.blocks.usage,
             kv_kept=self.blocks.kept_count / self.blocks.num_blocks,
-            page_evictions=pages,
+            page_evictions=grown.pages,
             pool_usage=self._pool.rows_used / self._pool.rows_total,
             resident_device=versions.device,
             resident_host=versions.host,
@@ -284,11 +296,16 @@ class Engine:
             graphs=graphs.held if graphs is not None else 0,
         )
 
-    def _counters(self) -> tuple[int, int, int, int, int]:
-        """What only ever grows, and steps report the growth of."""
+    def _counters(self) -> Counters:
         residency = self.residency
-        evictions, hits = (residency.evictions, residency.host_evictions), (residency.hits, residency.host_hits)
-        return (*evictions, *hits, self.blocks.evictions)
+        return Counters(
+            evictions=residency.evictions,
+            host_evictions=residency.host_evictions,
+            hits=residency.hits,
+            loads_from_disk=residency.loads_from_disk,
+            loads_from_host=residency.loads_from_host,
+            pages=self.blocks.evictions,
+        )
 
 
 def _checker(base: Base, max_rank: int) -> Callable[[Path], CheckedAdapter]:

@@ -68,6 +68,7 @@ class SimulatedAdapter:
     size: int
     kind: str = "lora"
     max_rank: int = 8
+    site_count: int = 0
 
     def bytes(self, _: int) -> int:
         return self.size

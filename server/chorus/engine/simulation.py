@@ -5,7 +5,7 @@
 
 Time is a number that the simulation moves, so an hour of traffic takes as long as its bookkeeping. Answers are made of
 one made-up token and run to their full length. Knows nothing of the front end: what the network and gRPC add to every
-first token is a constant of the cost model.
+first token is a constant of the cost model, and what comes from a copy in host memory costs nothing.
 """
 
 from collections.abc import Sequence
@@ -83,6 +83,8 @@ class Report:
     preemptions: int = 0
     evictions: int = 0
     loads: int = 0
+    from_host: int = 0
+    """Loads that found a copy in host memory."""
 
 
 class Simulation:
@@ -118,7 +120,8 @@ class Simulation:
         """Replays requests, sorted by time, until all are over. A second run finds the adapters of the first."""
         report = Report([Answer(request) for request in requests])
         now, arrived = 0.0, 0
-        evictions, loads = self._residency.evictions, self._pool.loads
+        residency = self._residency
+        evictions, loads, from_host = residency.evictions, self._pool.loads, residency.loads_from_host
         self._loaders.restart()
         while arrived < len(requests) or self._scheduler.running or self._scheduler.waiting:
             while arrived < len(requests) and requests[arrived].at <= now:
@@ -138,7 +141,8 @@ class Simulation:
             report.busy += seconds
             self._book(schedule, now, report)
         report.seconds = now
-        report.evictions, report.loads = self._residency.evictions - evictions, self._pool.loads - loads
+        report.evictions, report.loads = residency.evictions - evictions, self._pool.loads - loads
+        report.from_host = residency.loads_from_host - from_host
         return report
 
     def _seconds(self, schedule: Schedule) -> float:

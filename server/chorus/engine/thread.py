@@ -31,7 +31,7 @@ class EngineThread:
         *,
         threads: int | None = None,
     ) -> None:
-        """`make_engine(wake)` builds the engine; it calls `wake` from any thread when a load has ended.
+        """`make_engine(wake)` builds the engine; it calls `wake` from any thread when there is something to do.
 
         `threads` is how many cores a step takes; as many as torch took by now if None.
         """
@@ -63,7 +63,7 @@ class EngineThread:
             while not self._stopping.is_set():
                 commands = self._take()
                 step = self._engine.step(commands)
-                if step.ran or step.events or commands:
+                if step.ran or step.events or commands or step.stats.evictions:
                     self._on_events(step)
         except BaseException as error:
             logger.critical("the engine died", exc_info=error)

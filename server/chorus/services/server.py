@@ -79,8 +79,9 @@ async def _run(
     from chorus.services.assembly import ChorusServer, ServedBase
 
     logs.adopt_others()
-    served = ServedBase(ready.facts, load_tokenizer(base_folder(config.model)))
-    server = ChorusServer(config, served, engine.attach)
+    with garbage.of_a_start():
+        served = ServedBase(ready.facts, load_tokenizer(base_folder(config.model)))
+        server = ChorusServer(config, served, engine.attach)
     _on_signals(server)
     try:
         with garbage.of_a_start():
