@@ -155,7 +155,9 @@ async def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         async with AsyncClient(server.inference, admin=server.admin) as client:
             for i in (0, *itertools.chain(*PASSING.values())):
                 path = write_adapter(shape, folder / adapter_name(i), i, [RANK])
-                await client.push(path, tenant=TENANT, name=adapter_name(i))
+                pushed = await client.push(path, tenant=TENANT, name=adapter_name(i))
+                if i == 0:
+                    await client.pin(pushed.version)  # who decodes with it shall not be what evicts it
             with passing(server.inference, arguments.per_second) as pipe:
                 others = Others()
                 row = await measure(client, pipe, server.metrics, arguments.rounds, arguments.streams)
