@@ -28,6 +28,7 @@ class ChorusEngine:
             device="cuda" if device == "cuda" else "cpu",
             kv_cache_mb=KV_MB,
             adapter_memory_mb=ADAPTER_MB,
+            adapter_host_mb=0,
             max_rows=REQUESTS,
             max_step_tokens=REQUESTS * TOKENS_IN,
         )
