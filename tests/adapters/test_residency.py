@@ -392,6 +392,29 @@ def test_who_waits_with_a_copy_holds_none_and_waits_for_nobodys_load() -> None:
     residency.check_integrity()
 
 
+def test_a_step_copies_few_versions_and_the_next_ones_the_rest() -> None:
+    names, woken = [f"v{i}" for i in range(2 * AHEAD + 1)], list[None]()
+    residency = Residency(
+        make_pool(rows=8 * len(names)),
+        load_by_name,
+        host_bytes=len(names) * COPY_8,
+        on_ready=lambda: woken.append(None),
+        executor=InlineExecutor(),
+    )
+    for name in names:
+        visited(residency, name)
+    for resident in list(residency._on_device.values()):
+        residency._drop(resident)
+    for name in names:
+        residency.request(name, "8")
+    came = []
+    for _ in range(4):
+        woken.clear()
+        came.append(([outcome.digest for outcome in residency.advance()], bool(woken)))
+    assert came == [(names[:4], True), (names[4:8], True), (names[8:], False), ([], False)]
+    assert residency.loads_from_host == len(names)
+
+
 def test_a_copy_that_goes_while_its_version_waits_is_read_again() -> None:
     reader = Reader()
     residency = Residency(make_pool(rows=16), reader, host_bytes=2 * COPY_8, executor=InlineExecutor(), forget_turns=3)

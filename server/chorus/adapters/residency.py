@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 LOADERS = 2
 # Versions that are being loaded or wait in host memory: as many as are read at a time, and as many that are ready. When
-# 16 of 6.7 MB came at once, all of them were in host memory before the step thread had copied the first.
+# 16 of 6.7 MB came at once, all of them were in host memory before the step thread had copied the first. A step copies
+# no more of them, either, however many have copies.
 AHEAD = 2 * LOADERS
 # Turns that the first in line waits for room before a resident has to yield, and before each further one.
 PATIENCE_TURNS = 32
@@ -205,20 +206,23 @@ class Residency:
             self._drop(resident)
 
     def advance(self) -> list[LoadOutcome]:
-        """Once a step: takes over what loaders finished and copies to the device what there is room for."""
+        """Once a step: takes over what loaders finished and copies a few to the device, as far as there is room."""
         self._turn += 1
         outcomes = []
-        room = True
+        room, left = True, AHEAD
         for resident in list(self._in_line.values()):
             try:
-                if not self._is_ready(resident) or not room:
+                if not self._is_ready(resident) or not room or not left:
                     continue
                 room = self._to_device(resident)
+                left -= room
                 if room:
                     outcomes.append(LoadOutcome(resident.digest, None, tuple(resident.seconds)))
             except ChorusError as error:
                 self._drop(resident)
                 outcomes.append(LoadOutcome(resident.digest, error, tuple(resident.seconds)))
+        if not left:
+            self._on_ready()  # more may be ready, and have room
         outcomes += self._forget()
         self._start_loads()
         self._make_yield(has_room=room)
