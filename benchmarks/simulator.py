@@ -92,7 +92,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--input", type=int, nargs=2, default=[8, 128], metavar=("LOW", "HIGH"), help="prompt tokens")
     parser.add_argument("--output", type=int, nargs=2, default=[8, 128], metavar=("LOW", "HIGH"), help="new tokens")
     parser.add_argument("--resident", type=int, default=128, help="adapters that fit on the device")
-    parser.add_argument("--in-host", type=int, default=0, help="adapters whose copies fit into host memory")
+    parser.add_argument(
+        "--in-host", type=int, default=0, help="adapters whose copies fit into host memory; without --compare"
+    )
     parser.add_argument("--max-rows", type=int, default=64)
     parser.add_argument("--kv-tokens", type=int, default=262144, help="tokens that fit into the KV cache")
     parser.add_argument("--shared", type=int, default=0, help="tokens at the beginning of all prompts to an adapter")
@@ -199,7 +201,8 @@ async def _live(
     arguments: argparse.Namespace, workload: Workload, shape: dict[str, int], folder: Path
 ) -> tuple[dict[str, Any], float]:
     """The figures of a live run, and the seconds of a first token on the idle server."""
-    options = ("--threads", str(arguments.threads), "--max-rows", str(arguments.max_rows))
+    # No copies in host memory: the prediction has none.
+    options = ("--threads", str(arguments.threads), "--max-rows", str(arguments.max_rows), "--adapter-host-mb", "0")
     with live_server(folder / "state", *options) as server:
         async with AsyncClient(server.inference, admin=server.admin) as client:
             for i in range(workload.adapters):

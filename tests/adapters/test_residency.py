@@ -421,17 +421,40 @@ def test_a_copy_that_goes_while_its_version_waits_is_read_again() -> None:
     visited(residency, "a")
     for digest in "bc":  # in the place of a, whose copy stays, and that of c
         acquired(residency, digest)
-    residency.request("d", "8")  # read, and forgotten as there is no room: its copy takes the place of that of a
-    for _ in range(8):
-        assert residency.acquire("a", "8") is None
-        residency.advance()
+    assert residency.acquire("a", "8") is None
+    residency._copies.drop("a")
+    residency.advance()
+    assert {r.digest: r.tier.value for r in residency.residents()}["a"] == "loading"
+    residency.advance()
+    assert {r.digest: r.tier.value for r in residency.residents()}["a"] == "host"
     residency.check_integrity()
     residency.release("b")
     for _ in range(4):
         residency.request("a", "8")
         residency.advance()
     assert residency.on_device("a")
-    assert reader.read == ["a", "b", "c", "d", "a"]
+    assert reader.read == ["a", "b", "c", "a"]
+
+
+def test_of_who_waits_the_copy_stays() -> None:
+    """Those of others go, as somebody asks for it."""
+    reader = Reader()
+    residency = Residency(make_pool(rows=16), reader, host_bytes=2 * COPY_8, executor=InlineExecutor(), forget_turns=3)
+    visited(residency, "a")
+    for digest in "bc":
+        acquired(residency, digest)
+    residency.request("d", "8")  # read, and forgotten as there is no room: its copy takes the place of another's
+    for _ in range(8):
+        assert residency.acquire("a", "8") is None
+        residency.advance()
+    residency.check_integrity()
+    assert residency.host_evictions == 2
+    residency.release("b")
+    for _ in range(4):
+        residency.request("a", "8")
+        residency.advance()
+    assert residency.on_device("a")
+    assert reader.read == ["a", "b", "c", "d"]
 
 
 def test_what_was_read_and_found_no_room_leaves_a_copy() -> None:
@@ -553,6 +576,23 @@ def test_rows_that_are_no_neighbours_hold_an_adapters_factors() -> None:
         assert scale.tolist() == [0.5] * 24
 
 
+class LaterExecutor(Executor):
+    """Runs what is submitted when it is told to, the first first."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Future[Any], Callable[[], Any]]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        self.waiting.append((future, lambda: fn(*args, **kwargs)))
+        return future
+
+    def end_one(self) -> None:
+        future, run = self.waiting.pop(0)
+        if future.set_running_or_notify_cancel():
+            future.set_result(run())
+
+
 class ResidencyMachine(RuleBasedStateMachine):
     """Random requests, references, pins and unloads over five versions in a pool that holds two or three.
 
@@ -562,7 +602,8 @@ class ResidencyMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = make_pool(rows=24)
-        self.residency = Residency(self.pool, load_by_name, host_bytes=3 * COPY_8, executor=InlineExecutor())
+        self.loads = LaterExecutor()
+        self.residency = Residency(self.pool, load_by_name, host_bytes=3 * COPY_8, executor=self.loads, forget_turns=6)
         self.refs: dict[str, int] = {}
 
     digests = st.sampled_from("abcde")
@@ -593,6 +634,11 @@ class ResidencyMachine(RuleBasedStateMachine):
     @rule()
     def step(self) -> None:
         self.residency.advance()
+
+    @precondition(lambda self: self.loads.waiting)
+    @rule()
+    def a_load_ends(self) -> None:
+        self.loads.end_one()
 
     @invariant()
     def what_requests_hold_is_on_the_device_and_pages_add_up(self) -> None:

@@ -133,6 +133,18 @@ def test_steps_set_gauges_and_only_those_that_ran_are_counted() -> None:
     assert samples["chorus_preemptions_total", ()] == 1
 
 
+def test_adapters_that_come_and_go_are_counted_by_where_from() -> None:
+    metrics = Metrics()
+    stats = StepStats(evictions=1, host_evictions=2, adapter_hits=3, loads_from_disk=4, loads_from_host=5)
+    metrics.step(StepEvents(stats=stats, ran=False))
+    samples = parse(generate_latest(metrics.registry).decode())
+    assert samples["chorus_adapter_evictions_total", (("tier", "device"),)] == 1
+    assert samples["chorus_adapter_evictions_total", (("tier", "host"),)] == 2
+    assert samples["chorus_adapter_hits_total", (("tier", "device"),)] == 3
+    assert samples["chorus_adapter_loads_total", (("source", "disk"),)] == 4
+    assert samples["chorus_adapter_loads_total", (("source", "host"),)] == 5
+
+
 def test_passes_are_counted_by_how_they_were_launched() -> None:
     metrics = Metrics()
     metrics.step(StepEvents(stats=StepStats(launches={Launch.RECORDED: 1}, graphs=1), ran=True))
@@ -161,8 +173,10 @@ def test_an_idle_server_has_its_series_at_zero() -> None:
     samples = parse(generate_latest(Metrics().registry).decode())
     for tier in ("device", "host"):
         assert samples["chorus_adapters_resident", (("tier", tier),)] == 0
-    for name in ("chorus_adapter_evictions_total", "chorus_adapter_hits_total"):
-        assert samples[name, (("tier", "device"),)] == 0
+        assert samples["chorus_adapter_evictions_total", (("tier", tier),)] == 0
+    for source in ("disk", "host"):
+        assert samples["chorus_adapter_loads_total", (("source", source),)] == 0
+    assert samples["chorus_adapter_hits_total", (("tier", "device"),)] == 0
 
 
 def test_late_tokens_of_a_tenant_that_is_gone_count_as_others() -> None:

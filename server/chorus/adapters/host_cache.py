@@ -4,7 +4,7 @@
                                                          └── stays here, within a budget
 
 The copy used least recently leaves first. A version on the device has its copy here too, as long as there is room; it
-counts as used when the version comes to the device and when it leaves it.
+counts as used when the version is asked for and is not on the device, when it comes there and when it leaves it.
 """
 
 from collections import OrderedDict

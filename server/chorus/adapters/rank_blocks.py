@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chorus.adapters.host_memory import stacked
 
-# Of a piece that is copied at a time: so much a device needs beside the pools while an adapter comes.
+# Of a piece that is copied at a time, or one site's factors if these are more: what a device needs beside the pools.
 _PIECE_BYTES = 16 << 20
 # Bytes that a site's rows begin at a multiple of, as an allocation of their own would.
 _ALIGNED = 512

@@ -159,6 +159,8 @@ class Residency:
                 self._on_ready()
             else:
                 self._start_loads()
+        if resident.slot is None:
+            self._copies.touch(digest)  # it is the last that shall go
         resident.unwanted = False
         resident.wanted_at = self._turn
         return resident
@@ -276,7 +278,10 @@ class Residency:
         self._pool.check_integrity()
         self._copies.check_integrity()
         assert sum(r.rank_rows for r in on_device) == self._pool.rows_used, "rank rows leaked or shared"
-        assert all(r.refs >= 0 for r in on_device), "negative references"
+        assert all(r.refs >= 0 and r.host is None and r.loading is None for r in on_device), "negative or held twice"
+        for resident in self._in_line.values():
+            held = (resident.host is not None, resident.loading is not None, resident.digest in self._copies)
+            assert sum(held) <= 1, "held twice, or loaded for nothing"
 
     def _start_loads(self) -> None:
         """Has the first in line read, of those that have no copy."""
