@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # K = 1024, N = 1024 and 2816, rank 16, 1 and 4 segments): 0.2 to 0.5 at 16 rows, 0.4 to 0.9 at 64, 0.8 to 1.5 at 128.
 # With tiles it is 0.15 at 8 segments of 64 rows, about 1 at 256 rows of one, 1.3 to 1.7 at 512 and 2048. Where torch
 # does not multiply the dtype, and theirs are in float32: 0.3 at 8 segments of 64 rows, 0.5 at 256, 0.2 at 2048.
-LONG_SEGMENT_ROWS, LONG_IN_TILES = 64, 512
+# With AMX 0.3 to 0.6 at 64 rows, 0.5 to 0.9 at 128, 0.8 to 1.2 at 256, 1 to 1.4 at 512.
+LONG_SEGMENT_ROWS, LONG_IN_TILES, LONG_WITH_AMX = 64, 512, 256
 
 
 class Shared(NamedTuple):
@@ -56,11 +57,14 @@ class CpuSegments:
 
 
 def _long_from(dtype: torch.dtype) -> int:
-    from chorus.kernels.native.low_rank import leads  # numba is not everywhere
+    from chorus.kernels.native.low_rank import runs_in_tiles  # numba is not everywhere
+    from chorus.kernels.native.vectors import cpu_has
 
-    if not leads(dtype):
+    if not runs_in_tiles(dtype):
         return LONG_SEGMENT_ROWS
-    return LONG_IN_TILES if product_dtype(dtype) == dtype else sys.maxsize
+    if product_dtype(dtype) != dtype:
+        return sys.maxsize
+    return LONG_WITH_AMX if cpu_has("amx-bf16") else LONG_IN_TILES
 
 
 class StaticSegments(CpuSegments):

@@ -3,8 +3,7 @@
 Where oneDNN multiplies bfloat16 the layout is oneDNN's. Up to 64 rows a kernel of our own reads it where it lies
 (`native.packed_linear`), more rows are oneDNN's. Ours takes 0.83 of the time at 16 rows and 0.7 to 0.8 up to 8, where
 oneDNN does not read at the machine's bandwidth; from 64 rows on both compute at the machine's rate. All is oneDNN's
-where the machine lacks AVX512_BF16, has AMX, for which oneDNN's loop is the better one, or where oneDNN has laid the
-weight otherwise.
+where the machine lacks AVX512_BF16, or where oneDNN has laid the weight otherwise.
 
 Where oneDNN refuses the dtype, as it does on AVX2 alone, any number of rows is a kernel's of our own, which widens
 weights in registers (`native.widened_linear`).

@@ -6,6 +6,7 @@
     page_tiles.py        its innermost loops, in registers
     packed_linear.py     linears of few rows, over weights as oneDNN packs them
     dot_tile.py          their innermost loop, in registers
+    amx_tile.py          the same in tiles, on a CPU that has them
     widened_linear.py    linears on a CPU that does not multiply bfloat16
     fma_tile.py          their innermost loop, in registers
     low_rank.py          many adapters' deltas for segments of few rows

@@ -27,7 +27,7 @@ from chorus.kernels.attention_plan import FEW_KEYS
 from chorus.kernels.native.numbers import HELD_AS, INLINE, exp, float_of, narrow, pointer, take_ticket, wide
 from chorus.kernels.native.page_tiles import KEYS, add_page, fetch, highest, score_page, write_rows
 from chorus.kernels.native.team import EDITION, Compiled
-from chorus.kernels.native.vectors import cpu_has, cpu_has_them
+from chorus.kernels.native.vectors import cpu_has
 from chorus.kernels.row_lists import RowLists
 
 _FEW_KEYS_ALONE, _FEW_KEYS_WIDENED = 1 << 18, 1 << 16
@@ -110,15 +110,18 @@ def few_keys(query: Tensor, k_cache: Tensor, *, capped: bool) -> int:
     SDPA: 16 heads of 64 over 4, 64 tokens of 64 0.12, 0.33; 512 of 512 3.9, 10; 2048 of 2048 62, 72; 32 of 128 over 8,
     512 of 512 14, 31; 64 of 4096 32, 68. Over 8, 16 heads of 64: 2048 of 2048 99, 80; 8 of 64: 512 of 512 3.5, 4.3;
     2048 of 2048 51, 43. Where it has no such products, 16 heads of 64 over 4: 64 of 64 0.29, 0.69; 512 of 512 10, 14;
-    1024 of 1024 38, 37; 16 of 128 over 8: 512 of 512 15, 27; 12 over 12: 256 of 256 3.4, 3.3. Not with AMX.
+    1024 of 1024 38, 37; 16 of 128 over 8: 512 of 512 15, 27; 12 over 12: 256 of 256 3.4, 3.3.
+    With AMX, 16 heads of 64 over 4: 64 of 64 0.16, 0.23; 128 of 128 0.43, 0.42; 512 of 512 4.6, 2.2; 8 of 64: 64 of 64
+    0.13, 0.10.
     """
     in_tiles = _runs_in_tiles(HELD_AS[query.dtype], query.shape[2], k_cache.shape[2])
     if capped or not in_tiles or cpu_has("amx-bf16"):
         return FEW_KEYS
     together = query.shape[1] // k_cache.shape[1]
-    if cpu_has_them() and together >= _QUERIES_TOGETHER:
+    multiplies = cpu_has("avx512bf16")
+    if multiplies and together >= _QUERIES_TOGETHER:
         return sys.maxsize
-    return _FEW_KEYS_ALONE if cpu_has_them() or together > 1 else _FEW_KEYS_WIDENED
+    return _FEW_KEYS_ALONE if multiplies or together > 1 else _FEW_KEYS_WIDENED
 
 
 @cache

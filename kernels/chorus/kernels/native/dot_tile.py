@@ -23,13 +23,15 @@ from chorus.kernels.native.vectors import INT64, PAIRS, SUMS, at_most, dot, load
 ROWS, COLUMNS = 8, 32
 PANEL = 64
 """Columns that lie beside each other in the packed weight: of each pair of K the two numbers of 64 columns in turn."""
+BLOCK = 64
+"""Pairs of K that are best multiplied at a time: 16 KiB of weights."""
 
 _VECTORS = COLUMNS // 16
 _ROW_OF_SUMS, _PAIR_OF_WEIGHTS = 4 * PANEL, 4 * PANEL  # bytes
 
 
 @intrinsic
-def dot_tile(
+def tile(
     typing: Any, x_at: Any, x_stride: Any, last: Any, w_at: Any, pairs: Any, sums_at: Any, ahead_at: Any, ahead: Any
 ) -> Any:
     """sums [8, 32] += x [8, 2 pairs] times w [pairs, 32, 2]; addresses and x's stride in bytes, all int64.

@@ -102,15 +102,9 @@ def low_rank(x: Tensor, sites: Sequence[NativeSite]) -> None:
 
 
 @cache
-def _has_tiles(dtype: torch.dtype) -> bool:
+def runs_in_tiles(dtype: torch.dtype) -> bool:
     """Whether its loops are those of `rank_tiles`."""
     return dtype == torch.bfloat16 and cpu_has("fma")
-
-
-@cache
-def leads(dtype: torch.dtype) -> bool:
-    """Whether it is faster than torch's GEMMs for long segments, too."""
-    return _has_tiles(dtype) and not cpu_has("amx-bf16")
 
 
 def prepare(dtype: torch.dtype) -> None:
@@ -120,7 +114,7 @@ def prepare(dtype: torch.dtype) -> None:
 
 @cache
 def _kernel(dtype: torch.dtype) -> Compiled:
-    held, tiled = HELD_AS[dtype], _has_tiles(dtype)
+    held, tiled = HELD_AS[dtype], runs_in_tiles(dtype)
     edition, size = EDITION, np.dtype(held).itemsize
 
     def low_rank(arguments):

@@ -1,7 +1,7 @@
-"""Linears of few rows on a CPU, over weights that lie as oneDNN packed them: a work item is a panel of 64 columns.
+"""Linears of few rows on a CPU, over weights that lie as oneDNN packed them: a work item is a panel, P columns.
 
     for each BLOCK pairs of K
-        for each 8 rows, each half of the panel     sums += x w      (`dot_tile`)
+        for each few rows, each 32 columns          sums += x w      (`dot_tile`, or `amx_tile` on a CPU with AMX)
     sums, and bias and residual where there are     rounded once     -> y
 
 A block of a panel's weights stays in the first level of the cache for all rows. Meanwhile the next block is fetched, a
@@ -13,6 +13,7 @@ fetch all of it and a thread's next panel is only known when it begins (weights 
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import numba
 import numpy as np
@@ -21,25 +22,31 @@ import torch.nn.functional as F
 from numba import carray
 from torch import Tensor
 
-from chorus.kernels.native.dot_tile import COLUMNS, PANEL, ROWS, dot_tile
+from chorus.kernels.native import amx_tile, dot_tile
 from chorus.kernels.native.numbers import OPTIONS, add_numbers, narrow, pointer, take_ticket
 from chorus.kernels.native.team import EDITION, Compiled
-from chorus.kernels.native.vectors import cpu_has_them
+from chorus.kernels.native.vectors import cpu_has
 
+_in: Any = amx_tile if amx_tile.cpu_has_tiles() else dot_tile
+ROWS, COLUMNS, PANEL, BLOCK, tile = _in.ROWS, _in.COLUMNS, _in.PANEL, _in.BLOCK, _in.tile
 MOST_ROWS = 64
-BLOCK = 64  # 16 KiB of weights
 _PAIR = 4 * PANEL  # bytes of a pair of K
 
 
 def packed_linear(y: Tensor, x: Tensor, weights_at: int, bias: Tensor | None, residual: Tensor | None) -> None:
     """y [T, N] = x W^T + bias + residual; bfloat16, T up to `MOST_ROWS`, K even, rows contiguous.
 
-    `weights_at` is where W [N, K] lies, packed: [ceil(N / 64), ceil(K / 32) * 16, 64, 2], zeros past N and K.
+    `weights_at` is where W [N, K] lies, packed: [ceil(N / P), ceil(K / 32) * 16, P, 2], zeros past N and K.
     """
     rows, n = y.shape
     stride = 0 if residual is None else residual.stride(0)
     panels = -(-n // PANEL)
     _kernel()(panels, panels, y, y.stride(0), n, x, x.stride(0), x.shape[1], rows, weights_at, bias, residual, stride)
+
+
+def runs() -> bool:
+    """Whether the CPU has what the kernel is made of."""
+    return cpu_has("avx512bf16")
 
 
 def address_of(packed: Tensor, weight: Tensor) -> int | None:
@@ -51,7 +58,7 @@ def address_of(packed: Tensor, weight: Tensor) -> int | None:
     panels, padded = -(-n // PANEL), -(-k // 32) * 32
     size: int = torch.ops.mkldnn._nbytes(packed)
     at: int = torch.ops.mkldnn.data_ptr(packed)
-    if not cpu_has_them() or weight.dtype != torch.bfloat16 or k % 2 or at % 64 or size != 2 * panels * PANEL * padded:
+    if not runs() or weight.dtype != torch.bfloat16 or k % 2 or at % 64 or size != 2 * panels * PANEL * padded:
         return None
     lies = torch.frombuffer((ctypes.c_char * size).from_address(at), dtype=torch.bfloat16).view(panels, -1)
     for panel in {0, panels - 1}:
@@ -64,7 +71,7 @@ def address_of(packed: Tensor, weight: Tensor) -> int | None:
 
 def prepare(dtype: torch.dtype) -> None:
     """Compiles now what the first call would wait for."""
-    if dtype == torch.bfloat16 and cpu_has_them():
+    if dtype == torch.bfloat16 and runs():
         _kernel()
 
 
@@ -106,7 +113,7 @@ def _kernel() -> Compiled:
 
 @numba.njit(**OPTIONS)
 def _multiply(sums, x_at, x_stride, w_at, rows, pairs, after):
-    """sums [rows, 64] = x [rows, 2 pairs] times a panel, strides in bytes; the thread's next panel lies at `after`."""
+    """sums [rows, P] = x [rows, 2 pairs] times a panel, strides in bytes; the thread's next panel lies at `after`."""
     tiles = (rows + ROWS - 1) // ROWS
     sums[: tiles * ROWS] = np.float32(0)
     ahead = _PAIR * COLUMNS // PANEL // tiles
@@ -115,7 +122,7 @@ def _multiply(sums, x_at, x_stride, w_at, rows, pairs, after):
         ahead_at = w_at + _PAIR * (low + length) if low + length < pairs else after
         for row in range(0, rows, ROWS):
             for column in range(0, PANEL, COLUMNS):
-                dot_tile(
+                tile(
                     x_at + row * x_stride + 4 * low,
                     x_stride,
                     rows - 1 - row,

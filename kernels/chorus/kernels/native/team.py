@@ -27,7 +27,10 @@ logger = logging.getLogger(__name__)
 
 Kernel = Callable[[Any], None]
 
-_SHARED = ("numbers.py", "vectors.py", "dot_tile.py", "fma_tile.py", "page_tiles.py", "rank_tiles.py", "../types.py")
+_SHARED = (
+    *("numbers.py", "vectors.py", "amx_tile.py", "dot_tile.py", "fma_tile.py", "page_tiles.py", "rank_tiles.py"),
+    "../types.py",
+)
 EDITION = int.from_bytes(
     sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SHARED)).digest()[:7], "big"
 )

@@ -29,11 +29,6 @@ class _BFloat(ir.Type):  # type: ignore[misc]
         return hash(_BFloat)
 
 
-def cpu_has_them() -> bool:
-    """Whether numba compiles for a CPU that multiplies bfloat16, and not with AMX, for which oneDNN knows better."""
-    return cpu_has("avx512bf16") and not cpu_has("amx-bf16")
-
-
 @cache
 def cpu_has(feature: str) -> bool:
     """Whether numba compiles for a CPU that has what LLVM calls by this name."""
