@@ -11,12 +11,12 @@ from pathlib import Path
 
 from charts import Chart, Points
 from common import RESULTS
-from tables import Row, newest
+from tables import KINDS, Row, newest
 
 
-def attention_chart(rows: list[Row], device: str) -> Chart | None:
+def attention_chart(rows: list[Row], kind: str) -> Chart | None:
     """Milliseconds of all layers over tokens of context, a line for each contestant."""
-    if (row := newest(rows, "paged_attention", device)) is None:
+    if (row := newest(rows, "paged_attention", kind)) is None:
         return None
     lines: dict[str, list[tuple[float, float]]] = {}
     for context, found in row["paged_attention"].items():
@@ -37,7 +37,7 @@ def low_rank_chart(rows: list[Row]) -> Chart | None:
 
 def main(results: Path, folder: Path) -> None:
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    attention = attention_chart(rows, "cuda") or attention_chart(rows, "cpu")
+    attention = next((chart for kind in ("cuda", *KINDS) if (chart := attention_chart(rows, kind))), None)
     for name, chart in (("attention", attention), ("low_rank", low_rank_chart(rows))):
         if chart is not None:
             path = folder / f"kernels_{name}.svg"

@@ -16,8 +16,8 @@ from typing import Any
 from common import RESULTS
 
 README = RESULTS.parents[1] / "README.md"
-DEVICES = ("cpu", "cuda")
-PEER_DTYPES = ("bfloat16", "float32")
+# Kinds of machines, each with tables of its own: CPUs by what they multiply bfloat16 with, then GPUs.
+KINDS = ("amx", "vectors", "float32", "cuda")
 # A workload's name in a row, in the table, and who else does it, besides vLLM.
 WORKLOADS = (
     ("base", "base", "transformers"),
@@ -30,15 +30,24 @@ LOW_RANK = "`low_rank`, 16 adapters of rank 16, all linears"
 Row = dict[str, Any]
 
 
-def newest(rows: Iterable[Row], key: str, device: str, dtype: str = "bfloat16") -> Row | None:
-    """The last row that has the key, of a device where peers are best run in `dtype`; rows are appended."""
-    of_these = [row for row in rows if key in row and row["device"] == device]
-    return next((row for row in reversed(of_these) if row.get("peer_dtype", "bfloat16") == dtype), None)
+def newest(rows: Iterable[Row], key: str, kind: str) -> Row | None:
+    """The last row that has the key, of a machine of this kind; rows are appended."""
+    of_these = [row for row in rows if key in row and kind_of(row) == kind]
+    return of_these[-1] if of_these else None
+
+
+def kind_of(row: Row) -> str:
+    """Of `KINDS` the one that a row was measured on; "float32" is where peers are best run in that."""
+    if row["device"] == "cuda":
+        return "cuda"
+    if row.get("peer_dtype") == "float32":
+        return "float32"
+    return "amx" if "amx_bf16" in row["cpu"] else "vectors"
 
 
 def engine_tables(rows: list[Row]) -> str:
-    """A table for each kind of device that has a row with peers."""
-    found = [newest(rows, "base_over_transformers", device, dtype) for device in DEVICES for dtype in PEER_DTYPES]
+    """A table for each kind of machine that has a row with peers."""
+    found = [newest(rows, "base_over_transformers", kind) for kind in KINDS]
     return "\n\n".join(_engine_table(row) for row in found if row)
 
 
@@ -76,14 +85,14 @@ def _number(row: Row, key: str, digits: int) -> str:
 
 
 def kernel_tables(rows: list[Row]) -> str:
-    """The operators, a table for each kind of device; then the cases of the last sweep, if there was one."""
-    tables = [_operator_table(rows, device, dtype) for device in DEVICES for dtype in PEER_DTYPES]
+    """The operators, a table for each kind of machine; then the cases of the last sweep, if there was one."""
+    tables = [_operator_table(rows, kind) for kind in KINDS]
     tables.append(_sweep_table(rows))
     return "\n\n".join(table for table in tables if table)
 
 
-def _operator_table(rows: list[Row], device: str, dtype: str) -> str:
-    low_rank, attention = (newest(rows, op, device, dtype) for op in ("low_rank", "paged_attention"))
+def _operator_table(rows: list[Row], kind: str) -> str:
+    low_rank, attention = (newest(rows, op, kind) for op in ("low_rank", "paged_attention"))
     lines = [_operator(LOW_RANK, low_rank["low_rank"])] if low_rank else []
     for context, found in attention["paged_attention"].items() if attention else ():
         pages = f", pages of {attention['page']}" if attention and "page" in attention else ""
@@ -94,7 +103,7 @@ def _operator_table(rows: list[Row], device: str, dtype: str) -> str:
     read = f"{_machine(row)}, reads {row['read_gb_s']:.0f} GB/s"
     drawn = [row for row in (low_rank, attention) if row]
     commits = " and ".join(dict.fromkeys(f"{row['commit']}, {row['time'][:10]}" for row in drawn))
-    others = "others, times ours" + ("" if dtype == "bfloat16" else f" ({dtype})")
+    others = "others, times ours" + (" (float32)" if kind == "float32" else "")
     header = [read, "time", "GB/s", "floor/time", others]
     return f"{_table(header, lines)}\n\nCommit {commits}."
 

@@ -106,6 +106,12 @@ def test_a_cpu_on_which_peers_run_in_float32_has_a_table_of_its_own() -> None:
     assert drawn.splitlines()[9].startswith("| 2 CPU cores (Another), tokens/s | Chorus | peer (float32) |")
 
 
+def test_a_cpu_with_amx_has_a_table_of_its_own_and_the_first() -> None:
+    plain, with_tiles = engine_row(100.0), engine_row(200.0, cpu="Some CPU amx_bf16 avx512_bf16")
+    drawn = tables.engine_tables([with_tiles, plain])
+    assert drawn == f"{tables.engine_tables([with_tiles])}\n\n{tables.engine_tables([plain])}"
+
+
 def test_the_operators_table_has_the_newest_row_of_each_operator() -> None:
     old = kernel_row(low_rank=timed(chorus=0.5), paged_attention={"128": timed(chorus=0.002, SDPA=0.003)})
     lines = tables.kernel_tables([old, kernel_row(low_rank=timed(chorus=0.01, loop=0.05))]).splitlines()
@@ -140,7 +146,7 @@ def test_the_last_sweep_on_a_gpu_is_a_table_of_its_own() -> None:
 def test_plots_show_attention_over_context_and_the_last_sweep(tmp_path: Path) -> None:
     attention = {"128": timed(chorus=0.002, SDPA=0.003), "512": timed(chorus=0.004, SDPA=0.008)}
     rows = [kernel_row(paged_attention=attention), swept(1, 4, 0.1), swept(2, 4, 0.5), swept(2, 16, 0.6)]
-    over_context, over_rows = kernel_plots.attention_chart(rows, "cpu"), kernel_plots.low_rank_chart(rows)
+    over_context, over_rows = kernel_plots.attention_chart(rows, "vectors"), kernel_plots.low_rank_chart(rows)
     assert over_context is not None
     assert over_context.lines == {"chorus": [(128.0, 2.0), (512.0, 4.0)], "SDPA": [(128.0, 3.0), (512.0, 8.0)]}
     assert over_rows is not None
