@@ -14,7 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from chorus.adapters.kinds import LoweredAdapter, LowRankFactors
 from chorus.adapters.pool import AdapterPool
-from chorus.adapters.residency import AHEAD, SITE_BYTES, LoadedHost, LoadOutcome, Residency
+from chorus.adapters.residency import AHEAD, SITE_BYTES, Residency
+from chorus.adapters.resident import LoadedHost, LoadOutcome
 from chorus.errors import ChorusError, FailedPrecondition, ResourceExhausted
 from chorus.kernels import SlotSegment
 from chorus.models.sites import Site

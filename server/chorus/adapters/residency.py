@@ -16,16 +16,14 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from concurrent.futures import FIRST_COMPLETED, Executor, wait
+from dataclasses import replace
 from itertools import islice
-from typing import NamedTuple
 
 from chorus.adapters.host_cache import HostCache, HostCopy
-from chorus.adapters.kinds import LoweredAdapter
 from chorus.adapters.loader_threads import LoaderThreads
 from chorus.adapters.pool import AdapterPool
+from chorus.adapters.resident import Counts, LoadedHost, LoadOutcome, Resident
 from chorus.errors import ChorusError, FailedPrecondition, InternalError, ResourceExhausted
 
 logger = logging.getLogger(__name__)
@@ -43,60 +41,6 @@ ROOM_RETRY_S = 1.0
 # Of host memory, for Python's and torch's objects of an adapter's factors at a site: measured, 950 and 1,200.
 SITE_BYTES = 1200
 NO_ADAPTER_ROOM = "NO_ADAPTER_ROOM"
-
-
-class Tier(Enum):
-    LOADING = "loading"
-    HOST = "host"
-    DEVICE = "device"
-
-
-class LoadedHost(NamedTuple):
-    """What a loader thread gives: the adapter in host memory, and how long each of its stages took."""
-
-    adapter: LoweredAdapter
-    seconds_by_stage: tuple[tuple[str, float], ...] = ()
-
-
-class Counts(NamedTuple):
-    """Versions on the device; in host memory, where those on the device may be too; pinned ones wherever they are."""
-
-    device: int
-    host: int
-    pinned: int
-
-
-class LoadOutcome(NamedTuple):
-    """A load that ended: `error` is None when the version is on the device."""
-
-    digest: str
-    error: ChorusError | None
-    seconds_by_stage: tuple[tuple[str, float], ...]
-
-
-@dataclass(slots=True)
-class Resident:
-    """One version in memory."""
-
-    digest: str
-    path: str
-    loading: Future[LoadedHost] | None = None
-    host: HostCopy | None = None
-    slot: int | None = None
-    refs: int = 0
-    unwanted: bool = False
-    hits: int = 0
-    last_used: int = 0
-    wanted_at: int = 0
-    kind: str = ""
-    max_rank: int = 0
-    rank_rows: int = 0
-    bytes: int = 0
-    seconds: list[tuple[str, float]] = field(default_factory=list)
-
-    @property
-    def tier(self) -> Tier:
-        return Tier.DEVICE if self.slot is not None else Tier.HOST if self.host else Tier.LOADING
 
 
 class Residency:

@@ -13,7 +13,8 @@ from chorus.adapters.checks import Checks, check
 from chorus.adapters.digest import read_verified
 from chorus.adapters.pool import AdapterPool
 from chorus.adapters.records import CheckedAdapter
-from chorus.adapters.residency import NO_ADAPTER_ROOM, LoadedHost, LoadOutcome, Residency, Resident
+from chorus.adapters.residency import NO_ADAPTER_ROOM, Residency
+from chorus.adapters.resident import LoadedHost, LoadOutcome, Resident
 from chorus.engine import blame
 from chorus.engine import messages as m
 from chorus.engine.evaluate import Launched, launch

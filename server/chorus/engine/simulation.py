@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from chorus.adapters.pool import AdapterPool
-from chorus.adapters.residency import NO_ADAPTER_ROOM, LoadedHost, Residency
+from chorus.adapters.residency import NO_ADAPTER_ROOM, Residency
+from chorus.adapters.resident import LoadedHost
 from chorus.engine.engine import ResidencyGate
 from chorus.engine.kv_cache import BlockPool
 from chorus.engine.messages import AdapterRef, Sampling, Submit
