@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from chorus.kernels import PackedWeight, reference
+from chorus.kernels import GatedActivation, PackedWeight, gated_mul, reference
 from chorus.kernels.cpu_products import product_dtype
 from chorus.kernels.native import packed_linear as native
 from chorus.kernels.native.amx_tile import cpu_has_tiles
@@ -69,7 +69,42 @@ def test_x_and_residual_may_be_of_any_rank_and_lie_apart(rows: int) -> None:
 
 
 def test_no_rows_give_no_rows() -> None:
-    assert PackedWeight(made(1, 72, 64)).linear(made(0, 0, 64)).shape == (0, 72)
+    packed, none = PackedWeight(made(1, 72, 64)), made(0, 0, 64)
+    assert packed.linear(none).shape == (0, 72)
+    assert packed.gated(none, None, "silu").shape == (0, 36)
+
+
+# Halves of whole panels, of one and of several; halves that no panel ends with.
+@pytest.mark.parametrize("shape", [(128, 64), (384, 1100), (256, 33), (200, 64)], ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_a_gate_has_the_bits_of_its_linear_and_its_product(
+    shape: tuple[int, int], activation: GatedActivation, with_bias: bool
+) -> None:
+    (n, k), packed = shape, PackedWeight(made(1, *shape))
+    bias = made(2, n) if with_bias else None
+    for rows in (1, 9, 16, 40, 64, 65):
+        x = made(0, rows, k)
+        gate, up = packed.linear(x, bias).chunk(2, dim=1)
+        assert torch.equal(packed.gated(x, bias, activation), gated_mul(gate, up, activation))
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_a_gates_columns_are_the_first_and_ups_the_last(activation: GatedActivation) -> None:
+    weight, x = made(1, 256, 64), made(0, 16, 64)
+    gate, up = (x.double() @ weight.double().T).chunk(2, dim=1)
+    assert_close(PackedWeight(weight).gated(x, None, activation), reference.gated_mul(gate, up, activation))
+
+
+def test_a_gate_of_strided_rows_and_of_a_nan() -> None:
+    packed, wide = PackedWeight(made(1, 256, 64)), made(0, 16, 100)
+    clean = packed.gated(wide[:, 10:74], None, "silu")
+    assert torch.equal(clean, packed.gated(wide[:, 10:74].contiguous(), None, "silu"))
+    wide[3, 20] = math.nan
+    got = packed.gated(wide[:, 10:74], None, "silu")
+    assert got[3].isnan().all()
+    others = [row for row in range(16) if row != 3]
+    assert torch.equal(got[others], clean[others])
 
 
 def test_a_rows_nan_and_infinity_stay_in_it() -> None:
@@ -94,6 +129,10 @@ def test_what_does_not_fit_is_refused(rows: int) -> None:
         packed.linear(x, residual=made(0, rows - 1, 72))
     with pytest.raises(ValueError, match="x, bias, residual"):
         packed.linear(x, residual=made(0, rows, 72).half())
+    with pytest.raises(ValueError, match="x, bias, residual"):
+        packed.gated(made(0, rows, 62), None, "silu")
+    with pytest.raises(ValueError, match="two halves"):
+        PackedWeight(made(1, 7, 64)).gated(x, None, "silu")
 
 
 @of_onednn

@@ -17,11 +17,12 @@ from chorus.kernels.packed_attention import PackedPlan, packed_attention
 from chorus.kernels.packed_linear import PackedWeight
 from chorus.kernels.paged_attention import paged_attention, store_kv
 from chorus.kernels.position_bias import relative_bias
+from chorus.kernels.reference import GatedActivation
 from chorus.kernels.residual_norm import residual_norm
 from chorus.kernels.rope_store import RopePlan, qk_norm_rope_store
 from chorus.kernels.row_ops import row_add, row_scale, row_select
 from chorus.kernels.row_plan import RowPlan
-from chorus.kernels.silu_mul import gelu_tanh_mul, silu_mul
+from chorus.kernels.silu_mul import gated_mul, gelu_tanh_mul, silu_mul
 from chorus.kernels.types import (
     Activation,
     AttentionRow,
@@ -40,6 +41,7 @@ __all__ = [
     "AttentionPlan",
     "AttentionRow",
     "Epilogue",
+    "GatedActivation",
     "HeadPlan",
     "HeadPool",
     "HeadSegment",
@@ -56,6 +58,7 @@ __all__ = [
     "StaticLowRank",
     "decode_ranges",
     "filtered_draw",
+    "gated_mul",
     "gelu_tanh_mul",
     "head",
     "is_short",

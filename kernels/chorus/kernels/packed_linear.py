@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from chorus.kernels.cpu_products import product_dtype
+from chorus.kernels.reference import GatedActivation
+from chorus.kernels.silu_mul import gated_mul
 
 # Rows that the layout is made for. oneDNN is as fast with it as with the plain one at 512, and twice as fast at 16.
 PACKED_FOR_ROWS = 16
@@ -39,6 +41,19 @@ class PackedWeight:
         self._check(x, bias, residual)
         return self._layout.linear(x, bias, residual)
 
+    def gated(self, x: Tensor, bias: Tensor | None, activation: GatedActivation) -> Tensor:
+        """act(gate) * up, [T, N / 2], of `linear(x, bias)`, whose first columns are the gate's and the others up's.
+
+        To the bit what `linear` and then `gated_mul` give; x [T, K].
+
+        Raises:
+            ValueError: a tensor is of another dtype or does not fit the weight, or the weight has no two halves.
+        """
+        self._check(x, bias, None)
+        if self.shape[0] % 2:
+            raise ValueError(f"weight: want two halves of equally many rows, got {self.shape[0]}")
+        return self._layout.gated(x, bias, activation)
+
     def dense(self) -> Tensor:
         """W [N, K] as it was, to the bit."""
         return self._layout.dense()
@@ -57,18 +72,22 @@ class _Layout(Protocol):
 
     def linear(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor: ...
 
+    def gated(self, x: Tensor, bias: Tensor | None, activation: GatedActivation) -> Tensor: ...
+
     def dense(self) -> Tensor: ...
 
 
 class _OneDnns:
     def __init__(self, weight: Tensor) -> None:
-        from chorus.kernels.native import packed_linear as native  # numba is not everywhere
+        from chorus.kernels.native import packed_gate  # numba is not everywhere
+        from chorus.kernels.native import packed_linear as native
 
         self._n, self._k = weight.shape
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
         self._address = native.address_of(self._packed, weight)
         self._few_rows = 0 if self._address is None else native.MOST_ROWS
-        self._multiply = native.packed_linear
+        self._multiply, self._gate = native.packed_linear, packed_gate.packed_gate
+        self._has_halves = self._n % (2 * native.PANEL) == 0
 
     def linear(self, x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
         if not 0 < x.numel() <= self._few_rows * self._k:
@@ -76,6 +95,14 @@ class _OneDnns:
         y = x.new_empty((*x.shape[:-1], self._n))
         assert self._address is not None
         self._multiply(_rows(y), _rows(x), self._address, bias, None if residual is None else _rows(residual))
+        return y
+
+    def gated(self, x: Tensor, bias: Tensor | None, activation: GatedActivation) -> Tensor:
+        if not (self._has_halves and 0 < len(x) <= self._few_rows):
+            return _gated(self.linear(x, bias, None), activation)
+        y = x.new_empty((len(x), self._n // 2))
+        assert self._address is not None
+        self._gate(y, _rows(x), self._address, bias, activation)
         return y
 
     def dense(self) -> Tensor:
@@ -105,8 +132,17 @@ class _Widened:
             self._multiply(_rows(y), _rows(x), self._packed, bias, None if residual is None else _rows(residual))
         return y
 
+    def gated(self, x: Tensor, bias: Tensor | None, activation: GatedActivation) -> Tensor:
+        return _gated(self.linear(x, bias, None), activation)
+
     def dense(self) -> Tensor:
         return self._unpacked(self._packed, self._n, self._k)
+
+
+def _gated(both: Tensor, activation: GatedActivation) -> Tensor:
+    """act(gate) * up of their columns side by side."""
+    gate, up = both.chunk(2, dim=-1)
+    return gated_mul(gate, up, activation)
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -18,24 +18,25 @@ def silu_mul(gate: Tensor, up: Tensor, *, triton: bool | None = None) -> Tensor:
     Raises:
         ValueError: gate and up differ in shape, dtype or device, or, for a kernel, their rows are not contiguous.
     """
-    return _gated_mul(gate, up, "silu", triton)
+    return gated_mul(gate, up, "silu", triton=triton)
 
 
 def gelu_tanh_mul(gate: Tensor, up: Tensor, *, triton: bool | None = None) -> Tensor:
     """gelu(gate) * up with the tanh approximation of gelu, as Gemma has it; otherwise as `silu_mul`."""
-    return _gated_mul(gate, up, "gelu_tanh", triton)
+    return gated_mul(gate, up, "gelu_tanh", triton=triton)
 
 
-def _gated_mul(gate: Tensor, up: Tensor, activation: reference.GatedActivation, triton: bool | None) -> Tensor:
+def gated_mul(gate: Tensor, up: Tensor, activation: reference.GatedActivation, *, triton: bool | None = None) -> Tensor:
+    """Either of them."""
     if gate.dim() != 2 or gate.shape != up.shape or gate.dtype != up.dtype or gate.device != up.device:
         raise ValueError(f"gate, up: want one shape [T, N], got {_said(gate)} and {_said(up)}")
     if not triton and runs_native(gate, rounds=True):
-        from chorus.kernels.native.gated_mul import gated_mul  # numba is not everywhere
+        from chorus.kernels.native import gated_mul as native  # numba is not everywhere
 
         check_strides("gate", gate)
         check_strides("up", up)
         out = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        gated_mul(out, gate, up, activation)
+        native.gated_mul(out, gate, up, activation)
         return out
     if gate.dtype not in TRITON_DTYPES or not runs_triton(gate.device, triton):
         return reference.gated_mul(gate, up, activation)

@@ -37,6 +37,11 @@ class LinearGroup:
         for member in self.members:
             member.weight = nn.Parameter(member.weight.new_empty(0), requires_grad=False)
 
+    @property
+    def has_deltas(self) -> bool:
+        """Whether the batch has some for one of them."""
+        return any(member.plan is not None for member in self.members)
+
     def _rows_of(self, member: AdaptedLinear) -> Tensor:
         """A member's weight, [out, in]."""
         weight = self.weight if self.packed is None else self.packed.dense()
@@ -51,7 +56,7 @@ class LinearGroup:
             y = F.linear(x, self.weight, self.bias)
         else:
             y = self.packed.linear(x, self.bias)
-        if any(member.plan is not None for member in self.members):
+        if self.has_deltas:
             pools, plans = [member.pool for member in self.members], [member.plan for member in self.members]
             low_rank_group(y.split(self.widths, dim=1), x, pools, plans)
         return y

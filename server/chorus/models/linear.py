@@ -30,6 +30,11 @@ class DeltaMixin:
     grouped_weight: Callable[[], Tensor] | None = None
     """Gives the weight, [out, in], where it is rows of a group's."""
 
+    @property
+    def has_deltas(self) -> bool:
+        """Whether the batch has some."""
+        return self.plan is not None and self.pool is not None
+
     def add_delta(self, y: Tensor, x: Tensor) -> Tensor:
         if self.plan is None or self.pool is None:
             return y

@@ -17,7 +17,7 @@ NEW_TOKENS = 2
 ASKED_ON_CUDA: dict[str, Callable[..., Any]] = {
     "chorus.models.attention.RopePlan": kernels.RopePlan,
     "chorus.models.block.residual_norm": kernels.residual_norm,
-    "chorus.models.block.silu_mul": kernels.silu_mul,
+    "chorus.models.block.gated_mul": kernels.gated_mul,
     "chorus.engine.runner.AttentionPlan": kernels.AttentionPlan,
     "chorus.adapters.pool.LowRankPlan.together": kernels.LowRankPlan.together,
 }

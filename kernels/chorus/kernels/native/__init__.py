@@ -13,7 +13,9 @@
     rank_tiles.py        its innermost loops
     rope_store.py        queries and keys normed and rotated, keys and values stored
     residual_norm.py     sums and their norms
-    gated_mul.py         act(gate) * up
+    packed_gate.py       two of them and act(gate) * up
+    gated_mul.py         act(gate) * up, of a linear that adapters change
+    gate.py              their innermost step
     likeliest.py         greedy tokens
     program.py           calls of kernels, one after the other, as one
     tape.py              a computation recorded as programs, and asked for again
@@ -30,6 +32,7 @@ from chorus.kernels.native import (
     gated_mul,
     likeliest,
     low_rank,
+    packed_gate,
     packed_linear,
     program,
     residual_norm,
@@ -46,6 +49,7 @@ def prepare(dtype: torch.dtype, head_dim: int, block_size: int) -> None:
         low_rank.prepare(dtype)
         rope_store.prepare(dtype)
         (packed_linear if product_dtype(dtype) == dtype else widened_linear).prepare(dtype)
+        packed_gate.prepare(dtype)
         likeliest.prepare(dtype)
         likeliest.prepare(torch.float32)  # of logits with penalties
         program.prepare()

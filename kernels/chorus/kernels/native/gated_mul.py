@@ -1,20 +1,16 @@
-"""`silu_mul` and `gelu_tanh_mul` on a CPU: a work item is a row.
-
-What the activation gives is rounded before it is multiplied. gelu's tanh form is a product with a logistic function,
-gate / (1 + e^-2u): both take one `exp` and one division.
-"""
+"""`silu_mul` and `gelu_tanh_mul` on a CPU: a work item is a row (`gate`)."""
 # numba compiles what it sees, whatever the types say.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from functools import cache
 
-import numba
 import numpy as np
 import torch
 from numba import carray
 from torch import Tensor
 
-from chorus.kernels.native.numbers import HELD_AS, INLINE, exp, narrow, pointer, take_ticket, wide
+from chorus.kernels.native.gate import gelu_tanh_mul, silu_mul
+from chorus.kernels.native.numbers import HELD_AS, pointer, take_ticket
 from chorus.kernels.native.team import EDITION, Compiled
 from chorus.kernels.reference import GatedActivation
 
@@ -53,23 +49,9 @@ def _kernel(held: type) -> Compiled:
             out = carray(pointer(out_at + size * row * width), (width,), held)
             if is_gelu:
                 for i in range(width):
-                    out[i] = _logistic_mul(gate[i], _twice_the_argument(wide(gate[i])), up[i])
+                    out[i] = gelu_tanh_mul(gate[i], up[i])
             else:
                 for i in range(width):
-                    out[i] = _logistic_mul(gate[i], wide(gate[i]), up[i])
+                    out[i] = silu_mul(gate[i], up[i])
 
     return Compiled(gated_mul)
-
-
-@numba.njit(**INLINE)
-def _logistic_mul(gate, z, up):
-    """gate / (1 + e^-z), rounded, times up; `exp` ends at e^88, which is no infinity to a gate of 1e38."""
-    power = exp(-z) if z > np.float32(-88) else np.float32(np.inf)
-    activated = narrow(wide(gate) / (np.float32(1) + power), gate)
-    return narrow(wide(activated) * wide(up), gate)
-
-
-@numba.njit(**INLINE)
-def _twice_the_argument(g):
-    """Of the tanh in gelu: sqrt(8 / pi) (g + 0.044715 g^3)."""
-    return g * (np.float32(1.5957691216) + np.float32(0.0713548163) * g * g)

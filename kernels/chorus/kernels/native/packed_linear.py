@@ -97,7 +97,7 @@ def _kernel() -> Compiled:
             first = panel * PANEL
             columns = min(PANEL, n - first)
             after = weights_at + size * min(following, panels - 1)
-            _multiply(sums, x_at, 2 * x_stride, weights_at + size * panel, rows, k // 2, after)
+            multiply(sums, x_at, 2 * x_stride, weights_at + size * panel, rows, k // 2, after)
             for row in range(rows):
                 part = sums[row]
                 if bias_at:
@@ -112,7 +112,7 @@ def _kernel() -> Compiled:
 
 
 @numba.njit(**OPTIONS)
-def _multiply(sums, x_at, x_stride, w_at, rows, pairs, after):
+def multiply(sums, x_at, x_stride, w_at, rows, pairs, after):
     """sums [rows, P] = x [rows, 2 pairs] times a panel, strides in bytes; the thread's next panel lies at `after`."""
     tiles = (rows + ROWS - 1) // ROWS
     sums[: tiles * ROWS] = np.float32(0)

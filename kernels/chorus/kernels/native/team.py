@@ -29,7 +29,7 @@ Kernel = Callable[[Any], None]
 
 _SHARED = (
     *("numbers.py", "vectors.py", "amx_tile.py", "dot_tile.py", "fma_tile.py", "page_tiles.py", "rank_tiles.py"),
-    "../types.py",
+    *("gate.py", "packed_linear.py", "../types.py"),
 )
 EDITION = int.from_bytes(
     sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in _SHARED)).digest()[:7], "big"
