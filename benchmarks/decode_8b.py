@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from chorus import huge_pages
+from chorus import allocator
 from chorus.config import ServerConfig
 from chorus.engine import messages as m
 from chorus.engine.engine import Engine
@@ -147,5 +147,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    huge_pages.start_again()  # as a server's engine
+    allocator.start_again()  # as a server's engine
     main()

@@ -24,7 +24,7 @@ from typing import Any
 
 import grpc
 
-from chorus import huge_pages
+from chorus import allocator
 from common import or_toy, record, wait_until_quiet
 from loads.live_server import live_server
 
@@ -140,7 +140,7 @@ def ask(pipe: Connection, what: str) -> Any:
 def measure(rounds: int, streams: int, threads: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, live_server(Path(folder), "--threads", str(threads)) as server:
         client = start(serve_client, server.inference, streams)
-        os.environ |= huge_pages.asked_for(os.environ)  # as the server's engine
+        os.environ |= allocator.told(os.environ)  # as the server's engine
         engine = start(serve_engine, streams, threads)
         pairs = [(ask(engine, "all"), ask(client, "all")) for _ in range(rounds + 1)][1:]
         queued = sorted(ask(client, "idle"))

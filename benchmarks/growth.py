@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from chorus import huge_pages
+from chorus import allocator
 from chorus.config import ServerConfig
 from chorus.engine import messages as m
 from chorus.engine.engine import Engine
@@ -121,5 +121,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    huge_pages.start_again()  # as a server's engine
+    allocator.start_again()  # as a server's engine
     main()

@@ -20,7 +20,7 @@ from operator import mul
 from pathlib import Path
 from typing import Any
 
-from chorus import huge_pages
+from chorus import allocator
 from chorus.client.aio import AsyncClient
 from chorus.config import ServerConfig
 from chorus.engine.memory import BLOCK_SIZE
@@ -229,5 +229,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    huge_pages.start_again()  # as a server's engine
+    allocator.start_again()  # as a server's engine
     main()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from chorus import huge_pages
+from chorus import allocator
 from common import SHAPE_144M, matmul_rate, median_seconds, peer_dtype, read_bandwidth
 from peers.process import serve
 from peers.work import RANK, REQUESTS
@@ -77,5 +77,5 @@ class StepFloor:
 
 
 if __name__ == "__main__":
-    huge_pages.start_again()  # the least with them, too
+    allocator.start_again()  # the least as there, too
     serve(lambda: StepFloor(sys.argv[1]).measure)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from chorus import huge_pages
+from chorus import allocator
 from chorus.config import ServerConfig
 from chorus.engine import messages as m
 from loads.alone import alone, load_adapters
@@ -96,5 +96,5 @@ class ChorusEngine:
 
 
 if __name__ == "__main__":
-    huge_pages.start_again()  # as a server's engine
+    allocator.start_again()  # as a server's engine
     serve(lambda: ChorusEngine(Path(sys.argv[1]), sys.argv[2]).answer)

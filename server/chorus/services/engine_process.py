@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Self
 
-from chorus import huge_pages
+from chorus import allocator
 from chorus.config import ServerConfig
 from chorus.engine.messages import Command, Early, StepEvents
 from chorus.engine.wire import Died, Frames, Ready, Refused, Start, Steps, frame, from_engine
@@ -37,7 +37,7 @@ class EngineProcess:
                 command,
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
-                env=huge_pages.asked_for(os.environ),
+                env=allocator.told(os.environ),
             )
         self._frames = Frames(from_engine)
         self._unsent = bytearray()
