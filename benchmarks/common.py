@@ -51,12 +51,13 @@ SHAPE_144M: dict[str, Any] = {
 }
 
 
-def wait_until_quiet() -> None:
-    """Returns once nothing else keeps the cores busy; exits with a message if that does not come."""
+def wait_until_quiet(interval: float = 2.0) -> None:
+    """Returns once nothing else has kept the cores busy for so many seconds; exits with a message if that does not
+    come."""
     if SMOKE:
         return
     ended = time.monotonic() + QUIET_WAIT_S
-    while (busy := psutil.cpu_percent(interval=2.0) / 100 * (psutil.cpu_count() or 1)) > QUIET_CORES:
+    while (busy := psutil.cpu_percent(interval) / 100 * (psutil.cpu_count() or 1)) > QUIET_CORES:
         if time.monotonic() > ended:
             sys.exit(f"something else keeps {busy:.1f} cores busy: no figures from such a machine")
 

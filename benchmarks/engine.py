@@ -66,16 +66,23 @@ def contestants(device: str, peers: tuple[str, ...], against: Path | None) -> It
 
 
 def measure(field: Field, rounds: int) -> tuple[dict[tuple[str, str], list[Answer]], list[Answer]]:
-    """Answers by workload and contestant, one a round, all in turns, and the floor's; the first round is a warm-up."""
+    """Answers by workload and contestant, one a round, all in turns, and the floor's; the first round is a warm-up.
+
+    Each waits for a quiet machine: vLLM keeps a core busy for a second after it has answered.
+    """
     answers: dict[tuple[str, str], list[Answer]] = {}
     floors = []
     for turn in range(rounds + 1):
         for workload, adapters in WORKLOADS.items():
+            wait_until_quiet(0.2)
             got = {"chorus": field.chorus.ask(ask="run", adapters=adapters, turn=turn)}
-            got |= {name: peer.ask(adapters=adapters, turn=turn) for name, peer in field.peers_of(workload).items()}
+            for name, peer in field.peers_of(workload).items():
+                wait_until_quiet(0.2)
+                got[name] = peer.ask(adapters=adapters, turn=turn)
             if turn:
                 for name, answer in got.items():
                     answers.setdefault((workload, name), []).append(answer)
+        wait_until_quiet(0.2)
         floors.append(field.floor.ask())
     return answers, floors[1:]
 

@@ -47,7 +47,7 @@ def prepare(dtype: torch.dtype, head_dim: int, block_size: int) -> None:
     if dtype in HELD_AS:
         decode_attention.prepare(dtype, head_dim, block_size)
         low_rank.prepare(dtype)
-        rope_store.prepare(dtype)
+        rope_store.prepare(dtype, head_dim)
         (packed_linear if product_dtype(dtype) == dtype else widened_linear).prepare(dtype)
         packed_gate.prepare(dtype)
         likeliest.prepare(dtype)
