@@ -66,25 +66,25 @@ def contestants(device: str, peers: tuple[str, ...], against: Path | None) -> It
 
 
 def measure(field: Field, rounds: int) -> tuple[dict[tuple[str, str], list[Answer]], list[Answer]]:
-    """Answers by workload and contestant, one a round, all in turns, and the floor's; the first round is a warm-up.
-
-    Each waits for a quiet machine: vLLM keeps a core busy for a second after it has answered.
-    """
+    """Answers by workload and contestant, one a round, all in turns, and the floor's; the first round is a warm-up."""
     answers: dict[tuple[str, str], list[Answer]] = {}
     floors = []
     for turn in range(rounds + 1):
         for workload, adapters in WORKLOADS.items():
-            wait_until_quiet(0.2)
-            got = {"chorus": field.chorus.ask(ask="run", adapters=adapters, turn=turn)}
-            for name, peer in field.peers_of(workload).items():
-                wait_until_quiet(0.2)
-                got[name] = peer.ask(adapters=adapters, turn=turn)
+            given = {"adapters": adapters, "turn": turn}
+            got = {"chorus": _ask_in_quiet(field.chorus, ask="run", **given)}
+            got |= {name: _ask_in_quiet(peer, **given) for name, peer in field.peers_of(workload).items()}
             if turn:
                 for name, answer in got.items():
                     answers.setdefault((workload, name), []).append(answer)
-        wait_until_quiet(0.2)
-        floors.append(field.floor.ask())
+        floors.append(_ask_in_quiet(field.floor))
     return answers, floors[1:]
+
+
+def _ask_in_quiet(contestant: Contestant, **question: Any) -> Answer:
+    """Once nobody keeps a core busy: vLLM does for a second after it has answered."""
+    wait_until_quiet(0.2)
+    return contestant.ask(**question)
 
 
 def median(answers: list[Answer], name: str) -> float:

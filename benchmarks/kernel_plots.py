@@ -37,7 +37,7 @@ def low_rank_chart(rows: list[Row]) -> Chart | None:
 
 def main(results: Path, folder: Path) -> None:
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    attention = next((chart for kind in ("cuda", *KINDS) if (chart := attention_chart(rows, kind))), None)
+    attention = next((chart for kind in KINDS if (chart := attention_chart(rows, kind))), None)
     for name, chart in (("attention", attention), ("low_rank", low_rank_chart(rows))):
         if chart is not None:
             path = folder / f"kernels_{name}.svg"

@@ -23,7 +23,8 @@ POINTS = (
     ("linears", "chorus.models.linear", "AdaptedLinear.add_to"),
     ("linears", "chorus.models.linear", "AdaptedConv1D.forward"),
     ("linears", "chorus.models.group", "LinearGroup.__call__"),
-    ("linears", "chorus.kernels.packed_linear", "PackedWeight.gated"),
+    ("linears", "chorus.kernels.packed_linear", "PackedWeight.gated"),  # with act(gate) * up, where that is one kernel
+    (REST_OF_FORWARD, "chorus.kernels.packed_linear", "gated_mul"),
     ("deltas", "chorus.models.linear", "low_rank"),
     ("deltas", "chorus.models.group", "low_rank_group"),
     ("deltas", "chorus.models.embedding", "low_rank"),

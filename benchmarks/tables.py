@@ -16,8 +16,8 @@ from typing import Any
 from common import RESULTS
 
 README = RESULTS.parents[1] / "README.md"
-# Kinds of machines, each with tables of its own: CPUs by what they multiply bfloat16 with, then GPUs.
-KINDS = ("amx", "vectors", "float32", "cuda")
+# Kinds of machines, each with tables of its own: GPUs, then CPUs by what they multiply bfloat16 with.
+KINDS = ("cuda", "amx", "vectors", "float32")
 # A workload's name in a row, in the table, and who else does it, besides vLLM.
 WORKLOADS = (
     ("base", "base", "transformers"),

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 _VARIABLE = "GLIBC_TUNABLES"
 _SETTINGS = {
     "glibc.malloc.hugetlb": 1,
-    "glibc.malloc.mmap_threshold": 64 << 20,  # larger tensors are given back at once
+    "glibc.malloc.mmap_threshold": 32 << 20,  # larger tensors are given back at once; glibc before 2.35 takes no more
     "glibc.malloc.trim_threshold": 512 << 20,  # of all others so much is kept
 }
 

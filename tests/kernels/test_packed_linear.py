@@ -131,6 +131,8 @@ def test_what_does_not_fit_is_refused(rows: int) -> None:
         packed.linear(x, residual=made(0, rows, 72).half())
     with pytest.raises(ValueError, match="x, bias, residual"):
         packed.gated(made(0, rows, 62), None, "silu")
+    with pytest.raises(ValueError, match=r"want \[T, 64\]"):
+        packed.gated(x[None], None, "silu")
     with pytest.raises(ValueError, match="two halves"):
         PackedWeight(made(1, 7, 64)).gated(x, None, "silu")
 
@@ -141,7 +143,7 @@ def test_the_kernel_reads_what_onednn_packs_wherever_it_runs() -> None:
         weight = made(1, n, k)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
         readable = native.address_of(packed, weight) is not None
-        of_its_own = k == 2 and cpu_has_tiles()  # for so few of them oneDNN pads otherwise with AMX
+        of_its_own = k == 2 and cpu_has_tiles()  # with AMX oneDNN pads so few of them otherwise
         assert readable == (native.runs() and k % 2 == 0 and not of_its_own)
 
 

@@ -17,6 +17,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from chorus.kernels import AttentionPlan, AttentionRow, paged_attention, reference, relative_bias, store_kv
 from chorus.kernels.attention_plan import FEW_KEYS
+from chorus.kernels.native.amx_tile import cpu_has_tiles
 from chorus.kernels.native.decode_attention import few_keys
 from chorus.kernels.native.vectors import cpu_has
 from support.attention import batch, check
@@ -168,7 +169,7 @@ def test_chunks_are_computed_as_decodes_where_that_is_faster() -> None:
     """Always where a CPU without AMX multiplies bfloat16 and four queries share a key head; the rest has its bounds."""
     cache, query = torch.empty(1, 2, 16, 64), torch.empty(1, 8, 64)
     in_tiles = few_keys(query.bfloat16(), cache.bfloat16(), capped=False)
-    assert (in_tiles == sys.maxsize) == (cpu_has("avx512bf16") and not cpu_has("amx-bf16"))
+    assert (in_tiles == sys.maxsize) == (cpu_has("avx512bf16") and not cpu_has_tiles())
     assert FEW_KEYS <= few_keys(query[:, :2].bfloat16(), cache.bfloat16(), capped=False) <= in_tiles
     assert few_keys(query, cache, capped=False) == FEW_KEYS
     assert few_keys(query.bfloat16(), cache.bfloat16(), capped=True) == FEW_KEYS

@@ -57,14 +57,14 @@ class CpuSegments:
 
 
 def _long_from(dtype: torch.dtype) -> int:
-    from chorus.kernels.native.low_rank import runs_in_tiles  # numba is not everywhere
-    from chorus.kernels.native.vectors import cpu_has
+    from chorus.kernels.native.amx_tile import cpu_has_tiles  # numba is not everywhere
+    from chorus.kernels.native.low_rank import runs_in_tiles
 
     if not runs_in_tiles(dtype):
         return LONG_SEGMENT_ROWS
     if product_dtype(dtype) != dtype:
         return sys.maxsize
-    return LONG_WITH_AMX if cpu_has("amx-bf16") else LONG_IN_TILES
+    return LONG_WITH_AMX if cpu_has_tiles() else LONG_IN_TILES
 
 
 class StaticSegments(CpuSegments):

@@ -14,7 +14,7 @@
     rope_store.py        queries and keys normed and rotated, keys and values stored
     residual_norm.py     sums and their norms
     packed_gate.py       two of them and act(gate) * up
-    gated_mul.py         act(gate) * up, of a linear that adapters change
+    gated_mul.py         act(gate) * up, where that has to be done apart
     gate.py              their innermost step
     likeliest.py         greedy tokens
     program.py           calls of kernels, one after the other, as one

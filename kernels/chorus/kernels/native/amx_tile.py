@@ -65,7 +65,7 @@ def tile(x_at, x_stride, last, w_at, pairs, sums_at, ahead_at, ahead):
         else:
             _products(1, x_at, x_stride, w_at, steps, sums_at, ahead_at, ahead)
     if rest:
-        done = 4 * _SIDE * steps
+        done, ahead_at = 4 * _SIDE * steps, ahead_at + _SIDE * steps * ahead
         _configure(rows, rest)
         if rows > _SIDE:
             _products(2, x_at + done, x_stride, w_at + PANEL * done, 1, sums_at, ahead_at, ahead)

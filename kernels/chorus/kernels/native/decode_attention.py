@@ -24,6 +24,7 @@ from numba import carray
 from torch import Tensor
 
 from chorus.kernels.attention_plan import FEW_KEYS
+from chorus.kernels.native.amx_tile import cpu_has_tiles
 from chorus.kernels.native.numbers import HELD_AS, INLINE, exp, float_of, narrow, pointer, take_ticket, wide
 from chorus.kernels.native.page_tiles import KEYS, add_page, fetch, highest, score_page, write_rows
 from chorus.kernels.native.team import EDITION, Compiled
@@ -115,7 +116,7 @@ def few_keys(query: Tensor, k_cache: Tensor, *, capped: bool) -> int:
     0.13, 0.10.
     """
     in_tiles = _runs_in_tiles(HELD_AS[query.dtype], query.shape[2], k_cache.shape[2])
-    if capped or not in_tiles or cpu_has("amx-bf16"):
+    if capped or not in_tiles or cpu_has_tiles():
         return FEW_KEYS
     together = query.shape[1] // k_cache.shape[1]
     multiplies = cpu_has("avx512bf16")

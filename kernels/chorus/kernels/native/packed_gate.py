@@ -41,7 +41,7 @@ def prepare(dtype: torch.dtype) -> None:
 
 @cache
 def _kernel() -> Compiled:
-    edition = EDITION
+    edition, columns = EDITION, PANEL  # as in `packed_linear`
 
     def packed_gate(arguments):
         a = carray(arguments, (12,))
@@ -51,7 +51,7 @@ def _kernel() -> Compiled:
         aligned = (16 - memory.ctypes.data // 4 % 16) % 16
         both = memory[aligned : aligned + 2 * MOST_ROWS * PANEL].reshape((2, MOST_ROWS, PANEL))
         gates, ups = both[0], both[1]
-        size = 4 * PANEL * ((k + 31) // 32 * 16)
+        size = 4 * columns * ((k + 31) // 32 * 16)
         following = take_ticket(arguments)
         while edition == a[1]:
             panel = following

@@ -4,7 +4,7 @@
         for each few rows, each 32 columns          sums += x w      (`dot_tile`, or `amx_tile` on a CPU with AMX)
     sums, and bias and residual where there are     rounded once     -> y
 
-A block of a panel's weights stays in the first level of the cache for all rows. Meanwhile the next block is fetched, a
+A block of a panel's weights stays in the first levels of the cache for all rows. Meanwhile the next block is fetched, a
 part with each tile, so that memory is never idle: 16 rows of 2816 x 1024 take 295 us so, 330 where the first tiles
 fetch all of it and a thread's next panel is only known when it begins (weights in memory, 2 cores; in the cache 220).
 """
@@ -77,7 +77,10 @@ def prepare(dtype: torch.dtype) -> None:
 
 @cache
 def _kernel() -> Compiled:
-    edition = EDITION
+    edition, panel_columns = (
+        EDITION,
+        PANEL,
+    )  # the tile differs with the panel, and kept code is known by what it closes over
 
     def packed_linear(arguments):
         a = carray(arguments, (14,))
@@ -94,7 +97,7 @@ def _kernel() -> Compiled:
             if panel >= panels:
                 break
             following = take_ticket(arguments)
-            first = panel * PANEL
+            first = panel * panel_columns
             columns = min(PANEL, n - first)
             after = weights_at + size * min(following, panels - 1)
             multiply(sums, x_at, 2 * x_stride, weights_at + size * panel, rows, k // 2, after)
