@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from chorus.engine import graphs
-from chorus.engine.graphs import SEEN_BEFORE, Shape, StaticStep, StepGraphs, shape_of
+from chorus.engine.graphs import SEEN_BEFORE, Shape, StaticStep, StepGraphs, most_with_prompts, shape_of
 from chorus.engine.layout import Layout, lay_out
 from chorus.engine.messages import Launch, Sampling
 from chorus.engine.schedule import Chunk
@@ -31,6 +31,12 @@ class Pool:
 
 
 POOL: Any = Pool()
+
+
+def prompt(request: int, length: int) -> Chunk:
+    seq = Sequence(request, tuple(range(length)), Sampling(max_tokens=4))
+    seq.blocks = list(range(-(-length // 16)))
+    return Chunk(seq, 0, length, samples=True)
 
 
 def layout(*rows: tuple[int, int], prompt: int = 0, behind: int = 0, scored: bool = False) -> Layout:
@@ -114,6 +120,17 @@ def test_what_is_much_or_asks_for_more_has_no_shape() -> None:
     assert isinstance(shape_of(layout((9, -1), prompt=32, behind=480), POOL), Shape)
     assert shape_of(layout((9, -1), prompt=32, behind=481), POOL) is Launch.PROMPT
     assert shape_of(layout((9, -1), prompt=7, scored=True), POOL) is Launch.PROMPT
+
+
+def test_of_a_small_base_more_tokens_of_prompts_are_recorded() -> None:
+    assert most_with_prompts(2_700_000) == 256
+    assert most_with_prompts(90_000_000) == 100
+    assert most_with_prompts(144_000_000) == most_with_prompts(8_000_000_000) == 64
+    assert shape_of(layout((9, -1), prompt=70), POOL, 256) == Shape(80, 2, 80, None, 0)
+    two = [prompt(i, 120) for i in range(2)]
+    assert shape_of(lay_out(two), POOL, 256) == Shape(240, 2, 240, None, 0)
+    assert shape_of(lay_out(two), POOL, 239) is Launch.PROMPT
+    assert shape_of(layout((9, -1), prompt=129), POOL, 256) is Launch.PROMPT  # each token reads all before it
 
 
 def test_an_adapter_that_embeds_has_no_shape() -> None:

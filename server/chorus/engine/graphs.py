@@ -50,8 +50,10 @@ Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 
 # A shape that does not come back is not worth its recording, 0.1 to 1 s.
 SEEN_BEFORE = 4
-# Tokens of a step with prompts up to which it is recorded. With more, computing hides what launching costs.
-MOST_WITH_PROMPTS = 64
+# Tokens of a step with prompts up to which it is recorded. With more, computing hides what launching costs, once it is
+# so many products: of a small base up to four times as many tokens are.
+MOST_WITH_PROMPTS, MOST_OF_SMALL_BASES = 64, 256
+HIDING_PRODUCTS = 9e9
 # Shapes at a time; the one that was replayed longest ago makes room.
 KEPT = 64
 LEAST_RANK = 16
@@ -147,7 +149,10 @@ class StaticStep:
 
 
 class StepGraphs:
-    """The recorded steps of a runner, whose `compute` gives a static step's logits, of all rows or of those named."""
+    """The recorded steps of a runner, whose `compute` gives a static step's logits, of all rows or of those named.
+
+    Those with prompts have up to `with_prompts` tokens.
+    """
 
     def __init__(
         self,
@@ -155,8 +160,10 @@ class StepGraphs:
         compute: Callable[[StaticStep], Tensor],
         new_step: Callable[[Shape], StaticStep],
         pool: AdapterPool,
+        with_prompts: int = MOST_WITH_PROMPTS,
     ) -> None:
         self._record, self._compute, self._new_step, self._pool = record, compute, new_step, pool
+        self._with_prompts = with_prompts
         self._seen: Counter[Shape] = Counter()
         self._refused: set[Shape] = set()
         self._kept: OrderedDict[Shape, tuple[StaticStep, Callable[[], Tensor]]] = OrderedDict()
@@ -174,7 +181,7 @@ class StepGraphs:
 
     def run(self, layout: Layout, is_long: Sequence[bool], drawn: Tensor | None = None) -> Tensor | None:
         """The logits of the layout's `logit_rows`; None where the batch's shape has no graph, or can have none."""
-        shape = shape_of(layout, self._pool)
+        shape = shape_of(layout, self._pool, self._with_prompts)
         launch = shape if isinstance(shape, Launch) else self._prepare(shape, layout, is_long)
         self._launches[launch] += 1
         if isinstance(shape, Launch) or launch not in (Launch.GRAPH, Launch.RECORDED):
@@ -222,11 +229,18 @@ def carry(drawn: Tensor, places: Tensor) -> Tensor:
     return drawn.index_select(0, places).clamp(min=0)
 
 
-def shape_of(layout: Layout, pool: AdapterPool) -> Shape | Literal[Launch.PROMPT, Launch.ADAPTER]:
-    """The smallest shape that holds the batch; PROMPT where prompts take too much of it, or are scored; ADAPTER where
-    one embeds."""
+def most_with_prompts(parameters: int) -> int:
+    """Tokens of a step with prompts up to which it is recorded, of a base of so many parameters."""
+    return int(min(max(MOST_WITH_PROMPTS, HIDING_PRODUCTS / parameters), MOST_OF_SMALL_BASES))
+
+
+def shape_of(
+    layout: Layout, pool: AdapterPool, with_prompts: int = MOST_WITH_PROMPTS
+) -> Shape | Literal[Launch.PROMPT, Launch.ADAPTER]:
+    """The smallest shape that holds the batch; PROMPT where it has prompts and more than `with_prompts` tokens, or they
+    are scored; ADAPTER where one embeds."""
     rows, logits = len(layout.token_ids), len(layout.logit_rows)
-    if not logits or layout.scored or (rows > len(layout.rows) and not _are_few(layout.rows)):
+    if not logits or layout.scored or (rows > len(layout.rows) and not _are_few(layout.rows, with_prompts)):
         return Launch.PROMPT
     size = _round_rows(rows)
     wanted = 0 if layout.wants_all else min(_round_up(logits, least=1), size)
@@ -238,9 +252,9 @@ def shape_of(layout: Layout, pool: AdapterPool) -> Shape | Literal[Launch.PROMPT
     return Shape(size, wanted, _round_up(ranges, least=size), low_rank, linears)
 
 
-def _are_few(rows: Sequence[AttentionRow]) -> bool:
+def _are_few(rows: Sequence[AttentionRow], most: int) -> bool:
     """Whether tokens of prompts are few enough, and their contexts short enough, to be computed like decodes."""
-    return rows[-1].end <= MOST_WITH_PROMPTS and all(map(is_short, rows))
+    return rows[-1].end <= most and all(map(is_short, rows))
 
 
 def _each_token(rows: Sequence[AttentionRow]) -> Sequence[AttentionRow]:
@@ -258,8 +272,11 @@ def _low_rank(segments: Sequence[SlotSegment], rows: int, pool: AdapterPool) -> 
 
 
 def _round_rows(rows: int) -> int:
-    """1, 2, 4, 8, 16, 24, 32, ..: at most 8 rows are computed for nobody."""
-    return _round_up(rows, least=1) if rows <= 8 else -(-rows // 8) * 8
+    """1, 2, 4, 8, 16, 24, .. 64, 80, 96, ..: at most 8 rows are computed for nobody, 16 where there are many."""
+    if rows <= 8:
+        return _round_up(rows, least=1)
+    step = 8 if rows <= MOST_WITH_PROMPTS else 16
+    return -(-rows // step) * step
 
 
 def _round_up(count: int, *, least: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from chorus.adapters.pool import AdapterPool
-from chorus.engine.graphs import Record, StaticStep, StepGraphs, carry
+from chorus.engine.graphs import Record, StaticStep, StepGraphs, carry, most_with_prompts
 from chorus.engine.layout import Layout
 from chorus.kernels import AttentionPlan, LowRankPlan
 from chorus.models.attention import StepAttention
@@ -44,6 +44,7 @@ class Runner:
                 self._compute_static,
                 lambda shape: StaticStep(shape, pool, base.head_sites, **memory, device=base.device),
                 pool,
+                most_with_prompts(base.facts.parameter_count),
             )
 
     @torch.inference_mode()
