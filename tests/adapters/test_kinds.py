@@ -10,9 +10,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from chorus.adapters import artifact, kinds
+from chorus.adapters import artifact
 from chorus.adapters.artifact import Artifact
-from chorus.adapters.kinds import LoweredAdapter
+from chorus.adapters.kinds import LoweredAdapter, Lowering
 from chorus.errors import FailedPrecondition, InvalidArgument
 from chorus.models.sites import Site
 
@@ -73,7 +73,7 @@ def test_lowered_llama_adapter_is_pefts_delta_everywhere(
 ) -> None:
     sites = sites_of(llama)
     folder, wrapped = export(llama, **config)
-    assert_equals_peft(kinds.lower(artifact.read(folder), sites, max_rank=64), wrapped, sites)
+    assert_equals_peft(Lowering(sites, max_rank=64).lower(artifact.read(folder)), wrapped, sites)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_lowered_gpt2_adapter_is_pefts_delta_everywhere(
 ) -> None:
     sites = sites_of(gpt2)
     folder, wrapped = export(gpt2, target_modules=targets, r=4, rank_pattern={"c_proj": 2}, lora_alpha=3)
-    assert_equals_peft(kinds.lower(artifact.read(folder), sites, max_rank=64), wrapped, sites)
+    assert_equals_peft(Lowering(sites, max_rank=64).lower(artifact.read(folder)), wrapped, sites)
 
 
 def test_all_linear_by_hand_targets_what_peft_targets(
@@ -96,7 +96,7 @@ def test_all_linear_by_hand_targets_what_peft_targets(
     folder, wrapped = export(llama, target_modules="all-linear", r=2)
     read = artifact.read(folder)  # peft has written the names out; put the shorthand back
     read = replace(read, config=read.config.model_copy(update={"target_modules": "all-linear"}))
-    assert_equals_peft(kinds.lower(read, sites, max_rank=64), wrapped, sites)
+    assert_equals_peft(Lowering(sites, max_rank=64).lower(read), wrapped, sites)
 
 
 @pytest.mark.parametrize("base", ["llama", "tied_llama", "gpt2"])
@@ -109,7 +109,7 @@ def test_copy_of_the_bases_own_head_is_dropped(
     read = artifact.read(folder)
     assert "lm_head.base_layer.weight" in read.tensors
 
-    lowered = kinds.lower(read, sites, max_rank=64, base_weight=weight)
+    lowered = Lowering(sites, max_rank=64, base_weight=weight).lower(read)
 
     assert lowered.low_rank.keys() == {"lm_head"}
     assert_equals_peft(lowered, wrapped, sites)
@@ -120,10 +120,10 @@ def test_head_copy_rounded_to_another_dtype_is_still_the_bases_own(
 ) -> None:
     sites, weight = sites_of(llama), weight_of(llama)
     read = artifact.read(export(llama, target_modules=["lm_head"], r=2)[0])
-    kinds.lower(read, sites, max_rank=64, base_weight=lambda name: _to(weight(name), torch.bfloat16))
+    Lowering(sites, max_rank=64, base_weight=lambda name: _to(weight(name), torch.bfloat16)).lower(read)
     copy = read.tensors["lm_head.base_layer.weight"].to(torch.bfloat16)
     rounded = replace(read, tensors={**read.tensors, "lm_head.base_layer.weight": copy})
-    kinds.lower(rounded, sites, max_rank=64, base_weight=weight)
+    Lowering(sites, max_rank=64, base_weight=weight).lower(rounded)
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -135,7 +135,7 @@ def test_head_that_is_not_the_bases_own_is_refused(llama: PreTrainedModel, sites
     read = artifact.read(export(llama, target_modules=["lm_head"], r=2)[0])
     for base_weight in (None, lambda name: None, lambda name: _changed(weight(name))):
         with pytest.raises(FailedPrecondition, match=r"lm_head\.base_layer\.weight") as caught:
-            kinds.lower(read, sites, max_rank=64, base_weight=base_weight)
+            Lowering(sites, max_rank=64, base_weight=base_weight).lower(read)
         assert caught.value.reason == "BASE_WEIGHT_IN_FILE"
 
 
@@ -150,14 +150,14 @@ def _changed(tensor: Tensor | None) -> Tensor | None:
 def test_head_without_a_copy_needs_no_comparison(llama: PreTrainedModel, sites_of: SitesOf, export: Export) -> None:
     sites = sites_of(llama)
     folder, wrapped = export(llama, target_modules=["lm_head", "q_proj"], r=2, save_embedding_layers=False)
-    assert_equals_peft(kinds.lower(artifact.read(folder), sites, max_rank=64), wrapped, sites)
+    assert_equals_peft(Lowering(sites, max_rank=64).lower(artifact.read(folder)), wrapped, sites)
 
 
 def test_lora_on_the_embedding_equals_peft(llama: PreTrainedModel, sites_of: SitesOf, export: Export) -> None:
     sites = sites_of(llama)
     weights = weight_of(llama)
     folder, wrapped = export(llama, target_modules=["embed_tokens", "q_proj"], r=2, lora_alpha=7)
-    lowered = kinds.lower(artifact.read(folder), sites, max_rank=64, base_weight=weights)
+    lowered = Lowering(sites, max_rank=64, base_weight=weights).lower(artifact.read(folder))
     assert_equals_peft(lowered, wrapped, sites)
 
 
@@ -166,7 +166,7 @@ def test_the_scale_of_an_embedding_is_the_deltas_too(llama: PreTrainedModel, sit
     [name] = [name for name, site in sites.items() if site.is_embedding]
     read = artifact.read(export(llama, target_modules=["embed_tokens"], r=2, save_embedding_layers=False)[0])
     scaled = {**sites, name: replace(sites[name], scale=3.0)}
-    once, thrice = (kinds.lower(read, s, max_rank=64).low_rank[name].scale for s in (sites, scaled))
+    once, thrice = (Lowering(s, max_rank=64).lower(read).low_rank[name].scale for s in (sites, scaled))
     assert thrice == 3 * once
 
 
@@ -175,7 +175,7 @@ def test_lora_on_an_embedding_does_not_fit_a_linear(llama: PreTrainedModel, site
     [name] = [name for name, site in sites.items() if site.is_embedding]
     read = artifact.read(export(llama, target_modules=["embed_tokens"], r=2, save_embedding_layers=False)[0])
     with pytest.raises(FailedPrecondition, match="is a linear in this base") as caught:
-        kinds.lower(read, {**sites, name: replace(sites[name], is_embedding=False)}, max_rank=64)
+        Lowering({**sites, name: replace(sites[name], is_embedding=False)}, max_rank=64).lower(read)
     assert caught.value.reason == "UNKNOWN_MODULE"
 
 
@@ -213,15 +213,39 @@ def changed(made: Artifact, **tensors: Tensor | None) -> Artifact:
 
 
 def test_sound_adapter_is_counted(sites: Sites) -> None:
-    lowered = kinds.lower(make(sites), sites, max_rank=2)
+    lowered = Lowering(sites, max_rank=2).lower(make(sites))
     assert (lowered.kind, lowered.max_rank, lowered.rank_rows, lowered.site_count) == ("LORA", 2, 4, 2)
     assert lowered.bytes(2) == 2 * 2 * 2 * (8 + 6)
     assert list(lowered.low_rank) == ["layers.0.q_proj", "layers.1.q_proj"]
 
 
+def test_second_adapter_of_a_recipe_is_lowered_from_its_own_numbers(sites: Sites) -> None:
+    lowering = Lowering(sites, max_rank=2)
+    for made in (make(sites), make(sites)):
+        lowered = lowering.lower(made)
+        for name, factors in lowered.low_rank.items():
+            assert torch.equal(factors.a, made.tensors[f"{name}.lora_A.weight"])
+            assert torch.equal(factors.b, made.tensors[f"{name}.lora_B.weight"].mT)
+
+
+def test_what_differs_from_a_remembered_recipe_is_looked_at(sites: Sites) -> None:
+    lowering, made = Lowering(sites, max_rank=2), make(sites)
+    assert lowering.lower(made).low_rank["layers.0.q_proj"].scale == 4
+    assert lowering.lower(make(sites, lora_alpha=2)).low_rank["layers.0.q_proj"].scale == 1
+    for other in (
+        changed(made, l0_q_lora_B_weight=torch.randn(6, 3)),
+        changed(made, l0_q_lora_A_weight=None, l0_q_lora_B_weight=None),
+        make(sites, targets=["v_proj"]),
+        make(sites, rank=4),
+    ):
+        with pytest.raises((InvalidArgument, FailedPrecondition)):
+            lowering.lower(other)
+    lowering.lower(made)
+
+
 def test_factors_do_not_keep_the_file_in_memory(sites: Sites) -> None:
     made = make(sites)
-    lowered = kinds.lower(made, sites, max_rank=2)
+    lowered = Lowering(sites, max_rank=2).lower(made)
     files = {tensor.untyped_storage().data_ptr() for tensor in made.tensors.values()}
     for factors in lowered.low_rank.values():
         assert not files & {factors.a.untyped_storage().data_ptr(), factors.b.untyped_storage().data_ptr()}
@@ -231,7 +255,7 @@ def refused(
     kind: type[InvalidArgument | FailedPrecondition], reason: str, names: str, made: Artifact, sites: Sites
 ) -> None:
     with pytest.raises(kind) as caught:
-        kinds.lower(made, sites, max_rank=4)
+        Lowering(sites, max_rank=4).lower(made)
     assert caught.value.reason == reason
     assert names in caught.value.message
 
@@ -305,4 +329,4 @@ def test_adapter_that_touches_nothing_is_refused(sites: Sites) -> None:
 
 
 def test_entry_that_matches_nothing_beside_one_that_does_passes_as_in_peft(sites: Sites) -> None:
-    assert kinds.lower(make(sites, targets=["q_proj", "nothing_proj"]), sites, max_rank=4).site_count == 2
+    assert Lowering(sites, max_rank=4).lower(make(sites, targets=["q_proj", "nothing_proj"])).site_count == 2

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from chorus.adapters import artifact as artifacts
-from chorus.adapters import kinds
+from chorus.adapters.kinds import Lowering
 from chorus.adapters.pool import AdapterPool
 from chorus.engine import messages as m
 from chorus.engine.layout import Layout, lay_out
@@ -44,7 +44,7 @@ class World:
         for seed, (name, config) in enumerate(adapters_of(family).items(), start=1):
             adapter = save_adapter(self.folder, folder / name, seed, **config)
             read = artifacts.read(adapter)
-            slot = self.pool.load(kinds.lower(read, self.base.sites, max_rank=64, base_weight=self.base.weight))
+            slot = self.pool.load(Lowering(self.base.sites, max_rank=64, base_weight=self.base.weight).lower(read))
             assert slot is not None
             self.slots[name], self.adapters[slot] = slot, adapter
         self.runner = self.new_runner()

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from chorus.adapters import artifact as artifacts
-from chorus.adapters import kinds
+from chorus.adapters.kinds import Lowering
 from chorus.adapters.pool import AdapterPool
 from chorus.engine import graphs
 from chorus.engine import messages as m
@@ -75,7 +75,7 @@ def test_in_bfloat16_a_replay_is_the_step_bit_for_bit(tmp_path: Path, monkeypatc
     targets = ["all-linear", ["q_proj", "down_proj"], ["lm_head", "q_proj"], ["embed_tokens"]]
     for seed, sites in enumerate(targets, start=1):
         read = artifacts.read(save_adapter(folder, tmp_path / str(seed), seed, r=4 * seed, target_modules=sites))
-        slot = pool.load(kinds.lower(read, base.sites, max_rank=64, base_weight=base.weight))
+        slot = pool.load(Lowering(base.sites, max_rank=64, base_weight=base.weight).lower(read))
         assert slot is not None
         slots.append(slot)
     recorded, plain = (Runner(base, pool, kv_blocks=64, block_size=16, record=record) for record in (Tapes(), None))

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from chorus.adapters.checks import check
+from chorus.adapters.kinds import Lowering
 from chorus.admin.v1 import adapters_pb2
 from chorus.engine.messages import (
     Abort,
@@ -201,7 +202,9 @@ class FakeEngine:
     def _checked(self, check_id: int, folder: Path) -> Event:
         """As the engine does it."""
         try:
-            return Checked(check_id, check(folder, {SITE.name: SITE}, self.base_digest, max_rank=self.max_rank))
+            return Checked(
+                check_id, check(folder, Lowering({SITE.name: SITE}, max_rank=self.max_rank), self.base_digest)
+            )
         except ChorusError as error:
             fields = tuple((violation.field, violation.description) for violation in error.violations)
             return CheckFailed(check_id, error.code, error.reason, error.message, error.retry_after_s, fields)

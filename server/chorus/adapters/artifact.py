@@ -7,6 +7,7 @@ matter. Nothing here imports, unpickles, downloads or follows a link.
 import os
 import stat
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Annotated
 
@@ -100,7 +101,7 @@ def read(folder: Path) -> Artifact:
         FailedPrecondition: well formed, but a kind, config field, dtype or format that is not served.
     """
     _check_folder(folder)
-    config = parse_config(parse_object(_read_small(folder / CONFIG_FILE), CONFIG_FILE))
+    config = _read_config(folder)
     task = read_task(folder)
     stored = safetensors_file.read(folder / TENSORS_FILE)
     for entry in stored.entries:
@@ -148,6 +149,20 @@ def _check_folder(folder: Path) -> None:
         path = PurePath(entry.name)
         if path.stem == PurePath(TENSORS_FILE).stem and path.suffix.lower() in _PICKLE_SUFFIXES:
             refuse_pickle(entry.name)
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    data = _read_small(folder / CONFIG_FILE)
+    return (_config_kept if len(data) <= _KEPT_BYTES else _config)(data)
+
+
+def _config(data: bytes) -> LoraConfig:
+    return parse_config(parse_object(data, CONFIG_FILE))
+
+
+# What one recipe trains has one config, to the byte.
+_config_kept = lru_cache(maxsize=64)(_config)
+_KEPT_BYTES = 1 << 14
 
 
 def _read_small(path: Path) -> bytes:

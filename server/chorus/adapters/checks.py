@@ -7,32 +7,29 @@ The step thread submits and collects; it never waits.
 
 import logging
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
 
 from chorus.adapters import artifact as artifacts
-from chorus.adapters import chat_template, kinds
+from chorus.adapters import chat_template
 from chorus.adapters.digest import version_digest
-from chorus.adapters.kinds import BaseWeight
+from chorus.adapters.kinds import Lowering
 from chorus.adapters.loader_threads import LoaderThreads
 from chorus.adapters.records import CheckedAdapter
 from chorus.errors import ChorusError, InternalError
-from chorus.models.sites import Site
 
 logger = logging.getLogger(__name__)
 
 THREADS = 2
 
 
-def check(
-    folder: Path, sites: Mapping[str, Site], base_digest: str, *, max_rank: int, base_weight: BaseWeight | None = None
-) -> CheckedAdapter:
+def check(folder: Path, lowering: Lowering, base_digest: str) -> CheckedAdapter:
     """Reads an adapter and lowers it onto the base. Raises what `artifact.read`, `check_base` and `lower` raise."""
     artifact = artifacts.read(folder)
     artifacts.check_base(artifact, base_digest)
-    lowered = kinds.lower(artifact, sites, max_rank=max_rank, base_weight=base_weight)
+    lowered = lowering.lower(artifact)
     template = artifact.task.chat_template if artifact.task else None
     return CheckedAdapter(
         digest=version_digest(artifact, base_digest),

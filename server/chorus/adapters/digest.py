@@ -11,6 +11,7 @@ left out: the same adapter pushed twice is one version. Of the task card, what s
 import ctypes
 import hashlib
 import sys
+from functools import lru_cache
 from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def _task_identity(task: TaskCard | None) -> dict[str, object] | None:
     return read
 
 
+@lru_cache(maxsize=4096)  # adapters of one recipe have tensors of the same names
 def _described(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
     """`canonical([name, dtype, shape])` and a newline, in a third of its time."""
     return f'[{encode_basestring_ascii(name)},"{dtype}",[{",".join(map(str, shape))}]]\n'.encode("ascii")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
 from chorus.adapters.strict_json import quote
@@ -28,15 +29,15 @@ _NOT_YET = {
 
 @dataclass(frozen=True, slots=True)
 class LoraPair:
-    """One module's tensors as stored: a [r, in], b [out, r], and what the file calls them.
+    """What the file calls one module's tensors, and their shapes as stored: a [r, in], b [out, r].
 
     Of an embedding `in` is the vocabulary, and the names are others.
     """
 
     a_name: str
-    a: Tensor
+    a: torch.Size
     b_name: str
-    b: Tensor
+    b: torch.Size
 
     @property
     def is_embedding(self) -> bool:
@@ -45,29 +46,29 @@ class LoraPair:
 
 @dataclass(frozen=True, slots=True)
 class SortedTensors:
-    """`pairs` by module; `base_copies` by the base's name, `MODULE.weight` or `.bias`, as the file has them."""
+    """`pairs` by module; `base_copies`, the file's name by the base's, `MODULE.weight` or `.bias`."""
 
     pairs: dict[str, LoraPair] = field(default_factory=dict)
-    base_copies: dict[str, Tensor] = field(default_factory=dict)
+    base_copies: dict[str, str] = field(default_factory=dict)
 
 
-def sort_tensors(tensors: Mapping[str, Tensor]) -> SortedTensors:
-    """Sorts a LoRA file's tensors by what they are.
+def sort_tensors(shapes: Mapping[str, torch.Size]) -> SortedTensors:
+    """Sorts a LoRA file's tensors, their shapes by name, by what they are.
 
     Raises:
         InvalidArgument: one of A and B without the other.
         FailedPrecondition: a tensor that plain LoRA does not have.
     """
     result = SortedTensors()
-    for name, tensor in tensors.items():
+    for name, shape in shapes.items():
         if found := _split(name):
             module, suffix, partner = found
-            if partner not in tensors:
+            if partner not in shapes:
                 _refuse_half(name, partner)
             if suffix in _PARTNERS:
-                result.pairs[module] = LoraPair(name, tensor, partner, tensors[partner])
+                result.pairs[module] = LoraPair(name, shape, partner, shapes[partner])
         elif copy := _BASE_COPY.fullmatch(name):
-            result.base_copies[f"{copy['site']}.{copy['which']}"] = tensor
+            result.base_copies[f"{copy['site']}.{copy['which']}"] = name
         else:
             hint = next((text for suffix, text in _NOT_YET.items() if name.endswith(suffix)), None)
             raise FailedPrecondition(

@@ -12,7 +12,7 @@ import math
 import mmap
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BufferedReader
@@ -60,7 +60,12 @@ class StoredTensors:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors by name, views of the data."""
-        return {entry.name: _flat(self.data, [entry]).view(entry.shape) for entry in self.entries}
+        found = {}
+        for run in self._runs():
+            parts = _flat(self.data, run).split([math.prod(entry.shape) for entry in run])
+            for entry, part in zip(run, parts, strict=True):
+                found[entry.name] = part.view(entry.shape)
+        return found
 
     def not_finite(self) -> str | None:
         """The first tensor that holds NaN or infinity; None where all numbers are finite.
@@ -69,11 +74,15 @@ class StoredTensors:
         (56 tensors of 262 KB in all: 0.02 ms; asking each for `isfinite` took 0.6, with the interpreter's lock handed
         back and forth 170 times).
         """
-        for _, neighbours in groupby(self.entries, key=lambda entry: entry.dtype):
-            run = list(neighbours)
+        for run in self._runs():
             if not _is_finite(_flat(self.data, run)):
                 return next(entry.name for entry in run if not _is_finite(_flat(self.data, [entry])))
         return None
+
+    def _runs(self) -> Iterator[list[TensorEntry]]:
+        """Neighbours of one dtype."""
+        for _, neighbours in groupby(self.entries, key=lambda entry: entry.dtype):
+            yield list(neighbours)
 
 
 def refuse_pickle(what: str) -> NoReturn:

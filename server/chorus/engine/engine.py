@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from chorus import failpoints
-from chorus.adapters import kinds
 from chorus.adapters.checks import Checks, check
 from chorus.adapters.digest import read_verified
+from chorus.adapters.kinds import Lowering
 from chorus.adapters.pool import AdapterPool
-from chorus.adapters.records import CheckedAdapter
 from chorus.adapters.residency import NO_ADAPTER_ROOM, Residency
 from chorus.adapters.resident import LoadedHost, LoadOutcome, Resident
 from chorus.engine import blame
@@ -90,8 +89,9 @@ class Engine:
         self._eos = base.facts.eos_token_ids
         pool = AdapterPool(base.sites, rows=memory.adapter_rows, device=base.device, dtype=base.dtype)
         self._pool = pool
-        self.residency = Residency(pool, _loader(base, max_rank), host_bytes=adapter_host_bytes, on_ready=on_ready)
-        self._checks = Checks(_checker(base, max_rank), on_ready=on_ready)
+        lowering = Lowering(base.sites, max_rank=max_rank, base_weight=base.weight)
+        self.residency = Residency(pool, _loader(base, lowering), host_bytes=adapter_host_bytes, on_ready=on_ready)
+        self._checks = Checks(lambda folder: check(folder, lowering, base.facts.digest), on_ready=on_ready)
         self.blocks = BlockPool(memory.kv_blocks, memory.block_size)
         self.scheduler = Scheduler(
             pool=self.blocks,
@@ -309,22 +309,15 @@ class Engine:
         )
 
 
-def _checker(base: Base, max_rank: int) -> Callable[[Path], CheckedAdapter]:
-    """What a loader thread does with an uploaded folder."""
-    sites = base.sites
-    return lambda folder: check(folder, sites, base.facts.digest, max_rank=max_rank, base_weight=base.weight)
-
-
-def _loader(base: Base, max_rank: int) -> Callable[[str, str], LoadedHost]:
+def _loader(base: Base, lowering: Lowering) -> Callable[[str, str], LoadedHost]:
     """What a loader thread does with an adapter's folder: read, check that it still is what was stored, lower, cast."""
-    sites = base.sites
 
     def load(digest: str, path: str) -> LoadedHost:
         failpoints.hit("residency.load")
         began = time.monotonic()
         artifact = read_verified(Path(path), digest=digest, base_digest=base.facts.digest)
         was_read = time.monotonic()
-        lowered = kinds.lower(artifact, sites, max_rank=max_rank, base_weight=base.weight)
+        lowered = lowering.lower(artifact)
         was_validated = time.monotonic()
         adapter = lowered.to(base.dtype)
         stages = (
