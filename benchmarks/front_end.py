@@ -48,6 +48,9 @@ def engine_alone(streams: int, threads: int) -> Callable[[], float]:
     """A function that generates with the engine alone and returns its tokens/s."""
     from chorus.config import ServerConfig
     from chorus.engine import messages as m
+    from chorus.engine.imports import leave_out_triton
+
+    leave_out_triton()  # as the server's engine
     from loads.alone import alone
 
     engine, _, _ = alone(ServerConfig(threads=threads))

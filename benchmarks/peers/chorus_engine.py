@@ -5,16 +5,19 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
 from chorus import allocator
 from chorus.config import ServerConfig
 from chorus.engine import messages as m
-from loads.alone import alone, load_adapters
+from chorus.engine.imports import leave_out_triton
 from peers.process import Answer, serve
 from peers.work import REQUESTS, TOKENS_IN, TOKENS_OUT, adapter_folders, base_folder, prompts
-from step_profile import StepProfile
+
+if TYPE_CHECKING:
+    from step_profile import StepProfile
 
 KV_MB, ADAPTER_MB = 64, 160
 
@@ -23,6 +26,10 @@ class ChorusEngine:
     """Answers with tokens/s and the median decode step; with where a step's time goes; with its memory."""
 
     def __init__(self, folder: Path, device: str) -> None:
+        if device != "cuda":
+            leave_out_triton()  # as a server's engine
+        from loads.alone import alone, load_adapters
+
         config = ServerConfig(
             model=str(base_folder(folder)),
             device="cuda" if device == "cuda" else "cpu",
@@ -44,7 +51,7 @@ class ChorusEngine:
             case _:
                 return self._memory()
 
-    def _run(self, adapters: int, turn: int, profile: StepProfile | None = None) -> Answer:
+    def _run(self, adapters: int, turn: int, profile: "StepProfile | None" = None) -> Answer:
         """Decode steps are those with all requests under way, from their first tokens to the first end."""
         commands: list[m.Submit] = self._submits(adapters, turn)
         tokens, decoding, steps, parts = 0, False, [], []
@@ -70,6 +77,8 @@ class ChorusEngine:
         return answer
 
     def _profile(self, adapters: int, turn: int) -> Answer:
+        from step_profile import StepProfile
+
         with StepProfile() as profile:
             return self._run(adapters, turn, profile)
 

@@ -44,3 +44,20 @@ ours.close()
 def test_collections_do_not_look_at_what_an_engine_started_with(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", WHAT_STAYS, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["Ready", "True"]
+
+
+WHAT_CAME = """
+import socket, sys
+from pathlib import Path
+from chorus.config import ServerConfig
+from chorus.engine.process import _build
+
+_build(ServerConfig(threads=1, state_dir=Path(sys.argv[1])), socket.socket())
+print(*(name for name, module in sys.modules.items() if name.split(".")[0] == "triton" and module))
+"""
+
+
+def test_triton_stays_out_of_an_engine_on_a_cpu(tmp_path: Path) -> None:
+    """Of all that it imports nothing needs it. Transformers would bring it along."""
+    command = [sys.executable, "-c", WHAT_CAME, str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == []

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 from chorus import garbage, logs
 from chorus.config import ServerConfig
+from chorus.engine.imports import leave_out_triton
 from chorus.errors import ChorusError
 
 # By name: as a process it is __main__.
@@ -78,6 +79,9 @@ def _config(link: socket.socket) -> ServerConfig:
 
 def _build(config: ServerConfig, link: socket.socket) -> tuple[Any, Any]:
     """The engine's thread, not started, and what there is to say about it. Raises ChorusError."""
+    if config.device == "cpu":
+        leave_out_triton()
+
     import dataclasses
 
     import torch
