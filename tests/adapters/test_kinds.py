@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 
 from chorus.adapters import artifact
 from chorus.adapters.artifact import Artifact
-from chorus.adapters.kinds import LoweredAdapter, Lowering
+from chorus.adapters.kinds import Lowering
+from chorus.adapters.lowered import LoweredAdapter
 from chorus.errors import FailedPrecondition, InvalidArgument
 from chorus.models.sites import Site
+from support.lowered import factors_of, lower
 
 Sites = dict[str, Site]
 SitesOf = Callable[[PreTrainedModel], Sites]
@@ -33,8 +35,8 @@ def assert_equals_peft(lowered: LoweredAdapter, wrapped: Any, sites: Sites) -> N
         for name, layer in wrapped.named_modules()
         if isinstance(layer, LoraLayer) and name.startswith(prefix)
     }
-    assert lowered.low_rank.keys() == layers.keys()
-    for name, factors in lowered.low_rank.items():
+    assert lowered.ranks.keys() == layers.keys()
+    for name, factors in factors_of(lowered).items():
         layer, site = layers[name], sites[name]
         oracle = layer.get_delta_weight("default").detach()  # type: ignore[attr-defined]  # as the base stores its weight
         delta = factors.scale * (factors.b.t() @ factors.a)
@@ -73,7 +75,7 @@ def test_lowered_llama_adapter_is_pefts_delta_everywhere(
 ) -> None:
     sites = sites_of(llama)
     folder, wrapped = export(llama, **config)
-    assert_equals_peft(Lowering(sites, max_rank=64).lower(artifact.read(folder)), wrapped, sites)
+    assert_equals_peft(lower(Lowering(sites, max_rank=64), artifact.read(folder)), wrapped, sites)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_lowered_gpt2_adapter_is_pefts_delta_everywhere(
 ) -> None:
     sites = sites_of(gpt2)
     folder, wrapped = export(gpt2, target_modules=targets, r=4, rank_pattern={"c_proj": 2}, lora_alpha=3)
-    assert_equals_peft(Lowering(sites, max_rank=64).lower(artifact.read(folder)), wrapped, sites)
+    assert_equals_peft(lower(Lowering(sites, max_rank=64), artifact.read(folder)), wrapped, sites)
 
 
 def test_all_linear_by_hand_targets_what_peft_targets(
@@ -96,7 +98,7 @@ def test_all_linear_by_hand_targets_what_peft_targets(
     folder, wrapped = export(llama, target_modules="all-linear", r=2)
     read = artifact.read(folder)  # peft has written the names out; put the shorthand back
     read = replace(read, config=read.config.model_copy(update={"target_modules": "all-linear"}))
-    assert_equals_peft(Lowering(sites, max_rank=64).lower(read), wrapped, sites)
+    assert_equals_peft(lower(Lowering(sites, max_rank=64), read), wrapped, sites)
 
 
 @pytest.mark.parametrize("base", ["llama", "tied_llama", "gpt2"])
@@ -109,9 +111,9 @@ def test_copy_of_the_bases_own_head_is_dropped(
     read = artifact.read(folder)
     assert "lm_head.base_layer.weight" in read.tensors
 
-    lowered = Lowering(sites, max_rank=64, base_weight=weight).lower(read)
+    lowered = lower(Lowering(sites, max_rank=64, base_weight=weight), read)
 
-    assert lowered.low_rank.keys() == {"lm_head"}
+    assert lowered.ranks.keys() == {"lm_head"}
     assert_equals_peft(lowered, wrapped, sites)
 
 
@@ -120,10 +122,10 @@ def test_head_copy_rounded_to_another_dtype_is_still_the_bases_own(
 ) -> None:
     sites, weight = sites_of(llama), weight_of(llama)
     read = artifact.read(export(llama, target_modules=["lm_head"], r=2)[0])
-    Lowering(sites, max_rank=64, base_weight=lambda name: _to(weight(name), torch.bfloat16)).lower(read)
+    lower(Lowering(sites, max_rank=64, base_weight=lambda name: _to(weight(name), torch.bfloat16)), read)
     copy = read.tensors["lm_head.base_layer.weight"].to(torch.bfloat16)
     rounded = replace(read, tensors={**read.tensors, "lm_head.base_layer.weight": copy})
-    Lowering(sites, max_rank=64, base_weight=weight).lower(rounded)
+    lower(Lowering(sites, max_rank=64, base_weight=weight), rounded)
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -135,7 +137,7 @@ def test_head_that_is_not_the_bases_own_is_refused(llama: PreTrainedModel, sites
     read = artifact.read(export(llama, target_modules=["lm_head"], r=2)[0])
     for base_weight in (None, lambda name: None, lambda name: _changed(weight(name))):
         with pytest.raises(FailedPrecondition, match=r"lm_head\.base_layer\.weight") as caught:
-            Lowering(sites, max_rank=64, base_weight=base_weight).lower(read)
+            lower(Lowering(sites, max_rank=64, base_weight=base_weight), read)
         assert caught.value.reason == "BASE_WEIGHT_IN_FILE"
 
 
@@ -150,14 +152,14 @@ def _changed(tensor: Tensor | None) -> Tensor | None:
 def test_head_without_a_copy_needs_no_comparison(llama: PreTrainedModel, sites_of: SitesOf, export: Export) -> None:
     sites = sites_of(llama)
     folder, wrapped = export(llama, target_modules=["lm_head", "q_proj"], r=2, save_embedding_layers=False)
-    assert_equals_peft(Lowering(sites, max_rank=64).lower(artifact.read(folder)), wrapped, sites)
+    assert_equals_peft(lower(Lowering(sites, max_rank=64), artifact.read(folder)), wrapped, sites)
 
 
 def test_lora_on_the_embedding_equals_peft(llama: PreTrainedModel, sites_of: SitesOf, export: Export) -> None:
     sites = sites_of(llama)
     weights = weight_of(llama)
     folder, wrapped = export(llama, target_modules=["embed_tokens", "q_proj"], r=2, lora_alpha=7)
-    lowered = Lowering(sites, max_rank=64, base_weight=weights).lower(artifact.read(folder))
+    lowered = lower(Lowering(sites, max_rank=64, base_weight=weights), artifact.read(folder))
     assert_equals_peft(lowered, wrapped, sites)
 
 
@@ -166,7 +168,7 @@ def test_the_scale_of_an_embedding_is_the_deltas_too(llama: PreTrainedModel, sit
     [name] = [name for name, site in sites.items() if site.is_embedding]
     read = artifact.read(export(llama, target_modules=["embed_tokens"], r=2, save_embedding_layers=False)[0])
     scaled = {**sites, name: replace(sites[name], scale=3.0)}
-    once, thrice = (Lowering(s, max_rank=64).lower(read).low_rank[name].scale for s in (sites, scaled))
+    once, thrice = (lower(Lowering(s, max_rank=64), read).scales[name] for s in (sites, scaled))
     assert thrice == 3 * once
 
 
@@ -175,7 +177,7 @@ def test_lora_on_an_embedding_does_not_fit_a_linear(llama: PreTrainedModel, site
     [name] = [name for name, site in sites.items() if site.is_embedding]
     read = artifact.read(export(llama, target_modules=["embed_tokens"], r=2, save_embedding_layers=False)[0])
     with pytest.raises(FailedPrecondition, match="is a linear in this base") as caught:
-        Lowering({**sites, name: replace(sites[name], is_embedding=False)}, max_rank=64).lower(read)
+        lower(Lowering({**sites, name: replace(sites[name], is_embedding=False)}, max_rank=64), read)
     assert caught.value.reason == "UNKNOWN_MODULE"
 
 
@@ -213,25 +215,25 @@ def changed(made: Artifact, **tensors: Tensor | None) -> Artifact:
 
 
 def test_sound_adapter_is_counted(sites: Sites) -> None:
-    lowered = Lowering(sites, max_rank=2).lower(make(sites))
-    assert (lowered.kind, lowered.max_rank, lowered.rank_rows, lowered.site_count) == ("LORA", 2, 4, 2)
-    assert lowered.bytes(2) == 2 * 2 * 2 * (8 + 6)
-    assert list(lowered.low_rank) == ["layers.0.q_proj", "layers.1.q_proj"]
+    lowered = lower(Lowering(sites, max_rank=2), make(sites))
+    assert (lowered.kind, lowered.max_rank, lowered.site_count) == ("LORA", 2, 2)
+    assert lowered.bytes == 4 * 2 * 2 * (8 + 6)
+    assert list(lowered.ranks) == ["layers.0.q_proj", "layers.1.q_proj"]
 
 
 def test_second_adapter_of_a_recipe_is_lowered_from_its_own_numbers(sites: Sites) -> None:
     lowering = Lowering(sites, max_rank=2)
     for made in (make(sites), make(sites)):
-        lowered = lowering.lower(made)
-        for name, factors in lowered.low_rank.items():
+        lowered = lower(lowering, made)
+        for name, factors in factors_of(lowered).items():
             assert torch.equal(factors.a, made.tensors[f"{name}.lora_A.weight"])
             assert torch.equal(factors.b, made.tensors[f"{name}.lora_B.weight"].mT)
 
 
 def test_what_differs_from_a_remembered_recipe_is_looked_at(sites: Sites) -> None:
     lowering, made = Lowering(sites, max_rank=2), make(sites)
-    assert lowering.lower(made).low_rank["layers.0.q_proj"].scale == 4
-    assert lowering.lower(make(sites, lora_alpha=2)).low_rank["layers.0.q_proj"].scale == 1
+    assert lower(lowering, made).scales["layers.0.q_proj"] == 4
+    assert lower(lowering, make(sites, lora_alpha=2)).scales["layers.0.q_proj"] == 1
     for other in (
         changed(made, l0_q_lora_B_weight=torch.randn(6, 3)),
         changed(made, l0_q_lora_A_weight=None, l0_q_lora_B_weight=None),
@@ -239,15 +241,15 @@ def test_what_differs_from_a_remembered_recipe_is_looked_at(sites: Sites) -> Non
         make(sites, rank=4),
     ):
         with pytest.raises((InvalidArgument, FailedPrecondition)):
-            lowering.lower(other)
-    lowering.lower(made)
+            lower(lowering, other)
+    lower(lowering, made)
 
 
 def test_factors_do_not_keep_the_file_in_memory(sites: Sites) -> None:
     made = make(sites)
-    lowered = Lowering(sites, max_rank=2).lower(made)
+    lowered = lower(Lowering(sites, max_rank=2), made)
     files = {tensor.untyped_storage().data_ptr() for tensor in made.tensors.values()}
-    for factors in lowered.low_rank.values():
+    for factors in factors_of(lowered).values():
         assert not files & {factors.a.untyped_storage().data_ptr(), factors.b.untyped_storage().data_ptr()}
 
 
@@ -255,7 +257,7 @@ def refused(
     kind: type[InvalidArgument | FailedPrecondition], reason: str, names: str, made: Artifact, sites: Sites
 ) -> None:
     with pytest.raises(kind) as caught:
-        Lowering(sites, max_rank=4).lower(made)
+        lower(Lowering(sites, max_rank=4), made)
     assert caught.value.reason == reason
     assert names in caught.value.message
 
@@ -329,4 +331,4 @@ def test_adapter_that_touches_nothing_is_refused(sites: Sites) -> None:
 
 
 def test_entry_that_matches_nothing_beside_one_that_does_passes_as_in_peft(sites: Sites) -> None:
-    assert Lowering(sites, max_rank=4).lower(make(sites, targets=["q_proj", "nothing_proj"])).site_count == 2
+    assert lower(Lowering(sites, max_rank=4), make(sites, targets=["q_proj", "nothing_proj"])).site_count == 2

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from chorus.adapters import rank_blocks
+from chorus.adapters.host_memory import stacks
 from chorus.adapters.rank_blocks import RankBlocks, place
 
 WIDTHS = {"q 0": 6, "down 0": 10, "q 1": 6, "k 1": 6, "down 1": 10, "head": 7}
@@ -42,7 +43,8 @@ def test_factors_come_to_their_rows_of_their_sites_and_nowhere_else(
 ) -> None:
     monkeypatch.setattr(rank_blocks, "_PIECE_BYTES", piece_bytes)
     memory, own = blocks(), factors(names, len(rows))
-    memory.write(place(rows, CPU), own)
+    for stack in stacks(own, torch.float32):
+        memory.write(dict.fromkeys(WIDTHS, rows), stack)
     for name, there in memory.of.items():
         wanted = torch.zeros(ROWS, WIDTHS[name])
         if name in own:
@@ -50,10 +52,22 @@ def test_factors_come_to_their_rows_of_their_sites_and_nowhere_else(
         assert torch.equal(there, wanted), name
 
 
+def test_sites_of_one_stack_may_have_rows_of_their_own() -> None:
+    memory, own = blocks(), factors(["q 0", "q 1", "k 1"], 2)
+    rows = {"q 0": (8, 9), "q 1": (3, 17), "k 1": (8, 9)}
+    (stack,) = stacks(own, torch.float32)
+    memory.write(rows, stack)
+    for name, there in memory.of.items():
+        wanted = torch.zeros(ROWS, WIDTHS[name])
+        if name in own:
+            wanted[list(rows[name])] = own[name]
+        assert torch.equal(there, wanted), name
+
+
 @pytest.mark.parametrize("rows", [(8, 9, 10), (2, 7, 11)])
 def test_a_number_fills_its_rows_of_its_site(rows: tuple[int, ...]) -> None:
-    memory, numbers = blocks(), {"q 0": 0.5, "k 1": 2.0, "head": 3.0}
-    memory.fill(place(rows, CPU), numbers)
+    memory, numbers = blocks(), {"q 0": 0.5, "k 1": 2.0}
+    memory.fill(dict.fromkeys(WIDTHS, rows), numbers)
     for name, there in memory.of.items():
         total = numbers.get(name, 0.0) * WIDTHS[name]
         assert there.sum(1).tolist() == [total if row in rows else 0.0 for row in range(ROWS)], name
@@ -61,7 +75,8 @@ def test_a_number_fills_its_rows_of_its_site(rows: tuple[int, ...]) -> None:
 
 def test_factors_of_another_dtype_are_rounded() -> None:
     memory, own = blocks(torch.bfloat16), factors(["q 0", "q 1"], 3)
-    memory.write(place((0, 1, 2), CPU), own)
+    for stack in stacks(own, torch.float32):
+        memory.write(dict.fromkeys(WIDTHS, (0, 1, 2)), stack)
     assert torch.equal(memory.of["q 1"][:3], own["q 1"].bfloat16())
 
 

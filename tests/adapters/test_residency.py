@@ -12,20 +12,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from chorus.adapters.kinds import LoweredAdapter, LowRankFactors
+from chorus.adapters.lowered import LoweredAdapter
 from chorus.adapters.pool import AdapterPool
 from chorus.adapters.residency import AHEAD, SITE_BYTES, Residency
 from chorus.adapters.resident import LoadedHost, LoadOutcome
 from chorus.errors import ChorusError, FailedPrecondition, ResourceExhausted
 from chorus.kernels import SlotSegment
 from chorus.models.sites import Site
+from support.lowered import Factors, of_factors
 
 SITES = {name: Site(name, 4, 6) for name in ("q", "v")}
 
 
 def lowered(rank: int, fill: float = 1.0) -> LoweredAdapter:
-    factors = LowRankFactors(torch.full((rank, 4), fill), torch.full((rank, 6), fill), 0.5)
-    return LoweredAdapter("LORA", {"q": factors, "v": factors})
+    factors = Factors(torch.full((rank, 4), fill), torch.full((rank, 6), fill), 0.5)
+    return of_factors({"q": factors, "v": factors})
 
 
 def make_pool(rows: int = 32) -> AdapterPool:

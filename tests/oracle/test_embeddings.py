@@ -49,4 +49,4 @@ def test_peft_merges_something_else_than_it_computes_of_opts_positions(opt: tupl
 def test_an_adapter_of_opts_positions_is_refused_by_name(opt: tuple[Path, Path]) -> None:
     sites = load_base(str(opt[0]), device="cpu", dtype="float32").sites
     with pytest.raises(FailedPrecondition, match=r"decoder\.embed_positions.*PEFT looks up the attention mask there"):
-        Lowering(sites, max_rank=8).lower(artifacts.read(opt[1]))
+        Lowering(sites, max_rank=8).fit(artifacts.read(opt[1]))

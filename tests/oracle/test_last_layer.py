@@ -16,6 +16,7 @@ from chorus.engine.runner import Runner
 from chorus.engine.schedule import Chunk
 from chorus.engine.sequence import Sequence
 from chorus.models.base import Base, load_base
+from support.lowered import lower
 from support.tiny import FAMILIES, VOCAB, save_adapter, save_base, solo_logits
 
 PAGES = 8
@@ -44,7 +45,8 @@ class World:
         for seed, (name, config) in enumerate(adapters_of(family).items(), start=1):
             adapter = save_adapter(self.folder, folder / name, seed, **config)
             read = artifacts.read(adapter)
-            slot = self.pool.load(Lowering(self.base.sites, max_rank=64, base_weight=self.base.weight).lower(read))
+            lowering = Lowering(self.base.sites, max_rank=64, base_weight=self.base.weight)
+            slot = self.pool.load(lower(lowering, read, self.base.dtype))
             assert slot is not None
             self.slots[name], self.adapters[slot] = slot, adapter
         self.runner = self.new_runner()

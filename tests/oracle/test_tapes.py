@@ -20,6 +20,7 @@ from chorus.engine.schedule import Chunk
 from chorus.engine.sequence import Sequence
 from chorus.kernels.native.tape import Tapes
 from chorus.models.base import load_base
+from support.lowered import lower
 from support.replays import LAUNCHES, serve_other_tenants
 from support.tiny import FAMILIES, save_adapter, save_base
 
@@ -75,7 +76,7 @@ def test_in_bfloat16_a_replay_is_the_step_bit_for_bit(tmp_path: Path, monkeypatc
     targets = ["all-linear", ["q_proj", "down_proj"], ["lm_head", "q_proj"], ["embed_tokens"]]
     for seed, sites in enumerate(targets, start=1):
         read = artifacts.read(save_adapter(folder, tmp_path / str(seed), seed, r=4 * seed, target_modules=sites))
-        slot = pool.load(Lowering(base.sites, max_rank=64, base_weight=base.weight).lower(read))
+        slot = pool.load(lower(Lowering(base.sites, max_rank=64, base_weight=base.weight), read, base.dtype))
         assert slot is not None
         slots.append(slot)
     recorded, plain = (Runner(base, pool, kv_blocks=64, block_size=16, record=record) for record in (Tapes(), None))

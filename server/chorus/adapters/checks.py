@@ -1,6 +1,6 @@
-"""Checks of uploaded adapters, before anything is stored: each reads a folder whole and lowers it onto the base.
+"""Checks of uploaded adapters, before anything is stored: each reads a folder whole and fits it onto the base.
 
-    folder ──(loader thread: read, base, lowered, digested)──> CheckedAdapter, or the ChorusError that says why not
+    folder ──(loader thread: read, base, fit, digested)──> CheckedAdapter, or the ChorusError that says why not
 
 The step thread submits and collects; it never waits.
 """
@@ -26,22 +26,22 @@ THREADS = 2
 
 
 def check(folder: Path, lowering: Lowering, base_digest: str) -> CheckedAdapter:
-    """Reads an adapter and lowers it onto the base. Raises what `artifact.read`, `check_base` and `lower` raise."""
+    """Reads an adapter and fits it onto the base. Raises what `artifact.read`, `check_base` and `fit` raise."""
     artifact = artifacts.read(folder)
     artifacts.check_base(artifact, base_digest)
-    lowered = lowering.lower(artifact)
+    fit = lowering.fit(artifact)
     template = artifact.task.chat_template if artifact.task else None
     return CheckedAdapter(
         digest=version_digest(artifact, base_digest),
-        kind=lowered.kind,
-        max_rank=lowered.max_rank,
+        kind=fit.kind,
+        max_rank=max(fit.ranks.values(), default=0),
         size_bytes=artifact.size_bytes,
-        site_count=lowered.site_count,
+        site_count=len(fit.ranks),
         task=artifact.task.task if artifact.task else "",
         metrics=dict(artifact.task.metrics) if artifact.task else {},
         chat_template=chat_template.digest(template) if template else "",
         alpha=artifact.config.lora_alpha,
-        target_modules=tuple(sorted({name.rpartition(".")[2] for name in lowered.low_rank})),
+        target_modules=tuple(sorted({name.rpartition(".")[2] for name in fit.ranks})),
     )
 
 

@@ -1,6 +1,6 @@
 """Adapters in host memory, which go to the device without being read and checked again.
 
-    disk ──(loader thread: 3 to 4 ms of one core)──> host copy ──(step thread: 0.2 ms)──> device
+    disk ──(loader thread: 1 to 2 ms of one core)──> host copy ──(step thread: 0.2 ms)──> device
                                                          └── stays here, within a budget
 
 The copy used least recently leaves first. A version on the device has its copy here too, as long as there is room; it
@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from chorus.adapters.kinds import LoweredAdapter
+from chorus.adapters.lowered import LoweredAdapter
 
 
 class HostCopy(NamedTuple):

@@ -10,11 +10,13 @@ ms, and made four steps of 4.3 ms ones of 6.9.
 
 import mmap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from chorus.adapters.lowered import Stack
 
 _ALIGNED = 64
 
@@ -24,35 +26,18 @@ def mapped(size: int) -> mmap.mmap:
     return mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-def stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Contiguous tensors of one shape as one; without a copy where they lie one after the other, as `copies` lays them.
-
-    Then it is theirs, not to be written to. At least one tensor, none without elements.
-    """
-    first, last = tensors[0], tensors[-1]
-    begin, size = first.data_ptr(), first.nbytes
-    in_line = [tensor.data_ptr() for tensor in tensors] == list(range(begin, begin + len(tensors) * size, size))
-    if not in_line or first.untyped_storage().data_ptr() != last.untyped_storage().data_ptr():
-        return torch.stack(list(tensors))
-    return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
-
-
-def copies(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Contiguous copies in the same order, in `dtype` if one is given; all of them share one mapping.
-
-    No tensor may be without elements.
-    """
-    alike: dict[tuple[torch.Size, torch.dtype], list[int]] = defaultdict(list)
-    for i, tensor in enumerate(tensors):
-        alike[tensor.shape, dtype or tensor.dtype].append(i)
-    sizes = [len(places) * shape.numel() * held_as.itemsize for (shape, held_as), places in alike.items()]
+def stacks(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Stack, ...]:
+    """Copies in `dtype`, those of one shape together; all of them share one mapping. No tensor without elements."""
+    alike: dict[torch.Size, list[str]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        alike[tensor.shape].append(name)
+    sizes = [len(names) * shape.numel() * dtype.itemsize for shape, names in alike.items()]
     *begins, total = accumulate((-(-size // _ALIGNED) * _ALIGNED for size in sizes), initial=0)
     memory = mapped(total)
-    copied = list(tensors)
-    for begin, ((shape, held_as), places) in zip(begins, alike.items(), strict=True):
-        count = len(places) * shape.numel()
-        block = torch.frombuffer(memory, dtype=held_as, count=count, offset=begin).view(len(places), *shape)
-        torch.stack([tensors[i] for i in places], out=block)
-        for i, copy in zip(places, block.unbind(), strict=True):
-            copied[i] = copy
-    return copied
+    made = []
+    for begin, (shape, names) in zip(begins, alike.items(), strict=True):
+        count = len(names) * shape.numel()
+        block = torch.frombuffer(memory, dtype=dtype, count=count, offset=begin).view(len(names), *shape)
+        torch.stack([tensors[name] for name in names], out=block)
+        made.append(Stack(tuple(names), block))
+    return tuple(made)

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from chorus.adapters.artifact import Artifact
+from chorus.adapters.host_memory import stacks
 from chorus.adapters.lora_config import LoraConfig
 from chorus.adapters.lora_tensors import LoraPair, sort_tensors
+from chorus.adapters.lowered import LoweredAdapter
 from chorus.adapters.strict_json import canonical, quote
 from chorus.adapters.targets import Targets
 from chorus.errors import FailedPrecondition, InvalidArgument
@@ -30,16 +33,26 @@ _HINTS = {
 
 @dataclass(frozen=True, slots=True)
 class LoraFit:
-    """Of each adapted site, in the base's order, what the file calls its A and B, and what their product is scaled by.
+    """Of each adapted site, in the base's order, its rank and scale, and what the file calls its A and B.
 
     `base_copies`: the file's name of each copy of a weight of the base, by the base's.
     """
 
-    sites: tuple[str, ...]
-    a_names: tuple[str, ...]
-    b_names: tuple[str, ...]
-    scales: tuple[float, ...]
+    ranks: Mapping[str, int]
+    scales: Mapping[str, float]
+    a_names: Mapping[str, str]
+    b_names: Mapping[str, str]
     base_copies: Mapping[str, str]
+
+    @property
+    def kind(self) -> str:
+        return "LORA"
+
+    def lower(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> LoweredAdapter:
+        """The adapter that has these numbers, in `dtype` and in memory of its own: the file's can be freed."""
+        a = stacks({site: tensors[name] for site, name in self.a_names.items()}, dtype)
+        b = stacks({site: tensors[name].mT for site, name in self.b_names.items()}, dtype)
+        return LoweredAdapter(self.kind, self.ranks, self.scales, a, b)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +91,11 @@ class LoraFits:
         for name, pair in pairs.items():
             _check_shapes(pair, self._sites[name], targets.rank(name), self._max_rank)
         return LoraFit(
-            tuple(pairs),
-            tuple(pair.a_name for pair in pairs.values()),
-            tuple(pair.b_name for pair in pairs.values()),
-            tuple(targets.scale(name) * self._sites[name].scale for name in pairs),
-            tensors.base_copies,
+            ranks={name: targets.rank(name) for name in pairs},
+            scales={name: targets.scale(name) * self._sites[name].scale for name in pairs},
+            a_names={name: pair.a_name for name, pair in pairs.items()},
+            b_names={name: pair.b_name for name, pair in pairs.items()},
+            base_copies=tensors.base_copies,
         )
 
 

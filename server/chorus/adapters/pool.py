@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from chorus.adapters.kinds import LoweredAdapter, LowRankFactors
-from chorus.adapters.rank_blocks import RankBlocks, place
-from chorus.adapters.rank_pages import PAGE_ROWS, RankPages, pages_of
+from chorus.adapters.lowered import LoweredAdapter
+from chorus.adapters.rank_blocks import RankBlocks
+from chorus.adapters.rank_pages import PAGE_ROWS, RankPages, Rows, rows_of
 from chorus.kernels import LowRankPlan, LowRankSegment, RankPool, SlotSegment
 from chorus.models.sites import Site
 
@@ -27,7 +27,7 @@ _PLANS_KEPT = 16
 class _Placed(NamedTuple):
     """An adapter's rows, site by site; its largest rank; whether it changes what is looked up somewhere."""
 
-    rows: dict[str, tuple[int, ...]]
+    rows: dict[str, Rows]
     rank: int
     embeds: bool
 
@@ -36,12 +36,10 @@ class AdapterPool:
     """Rank-row pools of all sites, each `rows` rows, allocated once."""
 
     def __init__(self, sites: Mapping[str, Site], *, rows: int, device: torch.device, dtype: torch.dtype) -> None:
-        self._pages = {name: RankPages(rows) for name in sites}
+        self._pages = RankPages(sites, rows)
+        self._rows = rows
         self.dtype = dtype
         self._device = device
-        self.rows_total = sum(pages.rows_total for pages in self._pages.values())
-        """Rank rows of all sites together; so is `rows_used`."""
-        self.rows_used = 0
         self._slots: dict[int, _Placed] = {}
         self._embeddings = {name for name, site in sites.items() if site.is_embedding}
         self._next_slot = 0
@@ -55,65 +53,55 @@ class AdapterPool:
         self.pools = {name: RankPool(self._a.of[name], self._b.of[name], self._scales.of[name][:, 0]) for name in sites}
 
     @property
+    def rows_total(self) -> int:
+        """Rank rows of all sites together; so is `rows_used`."""
+        return self._pages.rows_total
+
+    @property
+    def rows_used(self) -> int:
+        return self._pages.rows_used
+
+    @property
     def bytes_total(self) -> int:
-        return sum(pages.rows_total * self.row_bytes[name] for name, pages in self._pages.items())
+        return self._rows * sum(self.row_bytes.values())
 
     @property
     def bytes_used(self) -> int:
-        return sum(pages.rows_used * self.row_bytes[name] for name, pages in self._pages.items())
+        return sum(self._pages.rows_used_at(name) * size for name, size in self.row_bytes.items())
 
     def rows_of(self, adapter: LoweredAdapter) -> int:
         """Rank rows that the adapter takes here, whole pages, all sites added up."""
-        return sum(pages_of(factors.a.shape[0]) * PAGE_ROWS for factors in adapter.low_rank.values())
+        return sum(map(rows_of, adapter.ranks.values()))
 
     def too_large(self, adapter: LoweredAdapter) -> str | None:
         """Names a site where the adapter would not fit into an empty pool; None where it fits everywhere."""
-        for name, factors in adapter.low_rank.items():
-            if pages_of(factors.a.shape[0]) * PAGE_ROWS > self._pages[name].rows_total:
-                return name
-        return None
+        return next((name for name, rank in adapter.ranks.items() if rank > self._rows), None)
 
     def load(self, adapter: LoweredAdapter) -> int | None:
         """Copies an adapter in; its slot, or None when there is no room at some site."""
-        if not all(self._pages[name].fits(f.rank) for name, f in adapter.low_rank.items()):
+        rows = self._pages.allocate(adapter.ranks)
+        if rows is None:
             return None
         slot, self._next_slot = self._next_slot, self._next_slot + 1
-        names_at: dict[tuple[int, ...], list[str]] = {}
-        for name, factors in adapter.low_rank.items():
-            rows = self._pages[name].allocate(factors.rank)
-            assert rows is not None
-            names_at.setdefault(rows, []).append(name)
-        table: dict[str, tuple[int, ...]] = {}
-        for rows, names in names_at.items():
-            table |= dict.fromkeys(names, rows)
-            self._write(rows, {name: adapter.low_rank[name] for name in names})
-        rank = max(map(len, table.values()), default=0)
-        self._slots[slot] = _Placed(table, rank, not self._embeddings.isdisjoint(table))
-        self.rows_used += self.rows_of(adapter)
-        linears = (name for name in table if name not in self._embeddings)
+        for stack in adapter.a:
+            self._a.write(rows, stack)
+        for stack in adapter.b:
+            self._b.write(rows, stack)
+        self._scales.fill(rows, adapter.scales)
+        self._slots[slot] = _Placed(rows, adapter.max_rank, not self._embeddings.isdisjoint(rows))
+        linears = (name for name in rows if name not in self._embeddings)
         self.linears_used = tuple(dict.fromkeys([*self.linears_used, *linears]))
         return slot
 
-    def _write(self, rows: tuple[int, ...], factors: Mapping[str, LowRankFactors]) -> None:
-        """Copies the factors of sites to the same rows of each."""
-        there = place(rows, self._device)
-        self._a.write(there, {name: its.a for name, its in factors.items()})
-        self._b.write(there, {name: its.b for name, its in factors.items()})
-        self._scales.fill(there, {name: its.scale for name, its in factors.items()})
-
     def evict(self, slot: int) -> None:
         """Gives a slot's rows back. Slot numbers are never used twice, so a stale one can not meet new weights."""
-        for name, rows in self._slots.pop(slot).rows.items():
-            self._pages[name].free(rows)
-            self.rows_used -= pages_of(len(rows)) * PAGE_ROWS
+        self._pages.free(self._slots.pop(slot).rows)
         for key in [key for key in self._plans if any(segment.slot == slot for segment in key)]:
             del self._plans[key]
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a page of a site belongs to nobody, or to two, or rows are miscounted."""
-        for name, pages in self._pages.items():
-            pages.check_integrity(slot.rows[name] for slot in self._slots.values() if name in slot.rows)
-        assert self.rows_used == sum(pages.rows_used for pages in self._pages.values()), "rank rows are miscounted"
+        self._pages.check_integrity(slot.rows for slot in self._slots.values())
 
     def plans(self, segments: Sequence[SlotSegment]) -> dict[str, LowRankPlan]:
         """For each site that the batch's adapters change, how to compute their deltas there."""

@@ -4,17 +4,18 @@
        2816 wide   [down_proj 0, ..]
     B  ...
 
-All sites' rows have the same numbers for an adapter of one rank, and its factors lie one after the other in host memory
-(`host_memory.copies`): a copy for each width then, instead of three for each of 84 sites.
+All sites' rows have the same numbers for an adapter of one rank, and its factors of one shape lie together in host
+memory (`lowered.Stack`): a copy for each width then, instead of three for each of 84 sites.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from chorus.adapters.host_memory import stacked
+from chorus.adapters.lowered import Stack
+from chorus.adapters.rank_pages import Rows
 
 # Of a piece that is copied at a time, or one site's factors if these are more: what a device needs beside the pools.
 _PIECE_BYTES = 16 << 20
@@ -26,42 +27,62 @@ Place = slice | Tensor
 
 
 class _Block(NamedTuple):
-    """`memory` [sites, rows, width]: of each of `names`, its rows."""
+    """`memory` [sites, rows, width]: of each site of `numbers`, at its number, its rows."""
 
     memory: Tensor
-    names: list[str]
+    numbers: dict[str, int]
+
+    def places(self, sites: Sequence[str], rows: Rows) -> tuple[Place, Place]:
+        """What to index with to have those rows of those sites."""
+        there = place([self.numbers[site] for site in sites], self.memory.device)
+        own = place(rows, self.memory.device)
+        if isinstance(there, Tensor) and isinstance(own, Tensor):
+            return there[:, None], own
+        return there, own
 
 
 class RankBlocks:
     """`rows` rows of zeros for every site, as wide as `widths` says."""
 
     def __init__(self, widths: Mapping[str, int], rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._blocks = [
-            _block([name for name, its in widths.items() if its == width], rows, width, dtype, device)
-            for width in dict.fromkeys(widths.values())
-        ]
-        self.of = {name: rows for block in self._blocks for name, rows in zip(block.names, block.memory, strict=True)}
+        self._block_of: dict[str, _Block] = {}
+        self.of: dict[str, Tensor] = {}
         """Each site's rows [rows, width]."""
+        for width in dict.fromkeys(widths.values()):
+            block = _block([name for name, its in widths.items() if its == width], rows, width, dtype, device)
+            self._block_of |= dict.fromkeys(block.numbers, block)
+            self.of |= zip(block.numbers, block.memory, strict=True)
 
-    def write(self, rows: Place, tensors: Mapping[str, Tensor]) -> None:
-        """Copies to the given rows of each site its tensor [rank, width]."""
-        for memory, names in self._blocks:
-            sites = [i for i, name in enumerate(names) if name in tensors]
-            at_once = max(_PIECE_BYTES // tensors[names[sites[0]]].nbytes, 1) if sites else 1
+    def write(self, rows: Mapping[str, Rows], stack: Stack) -> None:
+        """Copies to each of the stack's sites, at its rows, what is the site's. All are as wide as each other."""
+        block = self._block_of[stack.sites[0]]
+        at_once = max(_PIECE_BYTES * len(stack.sites) // stack.memory.nbytes, 1)
+        for there, sites in _alike(rows, stack.sites):
             for first in range(0, len(sites), at_once):
                 part = sites[first : first + at_once]
-                own = stacked([tensors[names[i]] for i in part])
-                memory[_places(part, rows, memory.device)] = own.to(memory.device, memory.dtype)
+                names = [stack.sites[i] for i in part]
+                own = stack.memory[place(part, stack.memory.device)]
+                block.memory[block.places(names, there)] = own.to(block.memory.device, block.memory.dtype)
 
-    def fill(self, rows: Place, numbers: Mapping[str, float]) -> None:
-        """Each site's number, all over the given rows of it."""
-        for memory, names in self._blocks:
-            if sites := [i for i, name in enumerate(names) if name in numbers]:
-                own = torch.tensor([numbers[names[i]] for i in sites], dtype=memory.dtype)
-                memory[_places(sites, rows, memory.device)] = own[:, None, None].to(memory.device)
+    def fill(self, rows: Mapping[str, Rows], numbers: Mapping[str, float]) -> None:
+        """Each site's number, all over its rows. All are as wide as each other."""
+        names = list(numbers)
+        block = self._block_of[names[0]]
+        for there, sites in _alike(rows, names):
+            own = torch.tensor([numbers[names[i]] for i in sites], dtype=block.memory.dtype)
+            block.memory[block.places([names[i] for i in sites], there)] = own[:, None, None].to(block.memory.device)
 
 
-def place(numbers: tuple[int, ...] | list[int], device: torch.device) -> Place:
+def _alike(rows: Mapping[str, Rows], sites: Sequence[str]) -> list[tuple[Rows, list[int]]]:
+    """Rows, and which of the sites have these. Told apart by identity: most adapters have one tuple for all."""
+    found: dict[int, tuple[Rows, list[int]]] = {}
+    for i, site in enumerate(sites):
+        own = rows[site]
+        found.setdefault(id(own), (own, []))[1].append(i)
+    return list(found.values())
+
+
+def place(numbers: Sequence[int], device: torch.device) -> Place:
     """What to index with to have these: neighbours are a slice, in half of a list's time."""
     start, count = numbers[0], len(numbers)
     if list(numbers) == list(range(start, start + count)):
@@ -69,16 +90,8 @@ def place(numbers: tuple[int, ...] | list[int], device: torch.device) -> Place:
     return torch.tensor(numbers, device=device)
 
 
-def _places(sites: list[int], rows: Place, device: torch.device) -> tuple[Place, Place]:
-    """What to index a block with to have those rows of those sites."""
-    there = place(sites, device)
-    if isinstance(there, Tensor) and isinstance(rows, Tensor):
-        return there[:, None], rows
-    return there, rows
-
-
 def _block(names: list[str], rows: int, width: int, dtype: torch.dtype, device: torch.device) -> _Block:
     step = _ALIGNED // dtype.itemsize
     padded = -(-rows * width // step) * step
     memory = torch.zeros(len(names), padded, dtype=dtype, device=device)
-    return _Block(memory[:, : rows * width].unflatten(1, (rows, width)), names)
+    return _Block(memory[:, : rows * width].unflatten(1, (rows, width)), {name: i for i, name in enumerate(names)})

@@ -38,8 +38,8 @@ PATIENCE_TURNS = 32
 # Turns after which a version that waits for room, and that nobody asks for any more, leaves the line.
 FORGET_TURNS = 512
 ROOM_RETRY_S = 1.0
-# Of host memory, for Python's and torch's objects of an adapter's factors at a site: measured, 950 and 1,200.
-SITE_BYTES = 1200
+# Of host memory, for an adapter's rank and scale at a site: measured, 100, and as much again if no other has its recipe.
+SITE_BYTES = 256
 NO_ADAPTER_ROOM = "NO_ADAPTER_ROOM"
 
 
@@ -250,7 +250,7 @@ class Residency:
             logger.error("adapter %s could not be loaded, incident %s", resident.digest, incident, exc_info=error)
             raise InternalError(f"adapter {resident.digest[:12]} could not be loaded; incident {incident}") from error
         resident.seconds += stages
-        size = adapter.bytes(self._pool.dtype.itemsize)
+        size = adapter.bytes
         held = size + SITE_BYTES * adapter.site_count
         _with(resident, HostCopy(adapter, resident.path, self._pool.rows_of(adapter), size, held))
         if site := self._pool.too_large(adapter):

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from chorus.adapters.host_cache import HostCopy
-from chorus.adapters.kinds import LoweredAdapter
+from chorus.adapters.lowered import LoweredAdapter
 from chorus.errors import ChorusError
 
 

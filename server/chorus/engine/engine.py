@@ -317,9 +317,9 @@ def _loader(base: Base, lowering: Lowering) -> Callable[[str, str], LoadedHost]:
         began = time.monotonic()
         artifact = read_verified(Path(path), digest=digest, base_digest=base.facts.digest)
         was_read = time.monotonic()
-        lowered = lowering.lower(artifact)
+        fit = lowering.fit(artifact)
         was_validated = time.monotonic()
-        adapter = lowered.to(base.dtype)
+        adapter = fit.lower(artifact.tensors, base.dtype)
         stages = (
             ("read", was_read - began),
             ("validate", was_validated - was_read),

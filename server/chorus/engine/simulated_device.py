@@ -70,15 +70,13 @@ class SimulatedAdapter:
     max_rank: int = 8
     site_count: int = 0
 
-    def bytes(self, _: int) -> int:
+    @property
+    def bytes(self) -> int:
         return self.size
 
 
 class SimulatedPool:
     """Device memory in bytes; stands in for `AdapterPool` where residency is concerned."""
-
-    class dtype:
-        itemsize = 1
 
     def __init__(self, total: int) -> None:
         self._total = total
