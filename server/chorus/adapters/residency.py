@@ -38,7 +38,7 @@ PATIENCE_TURNS = 32
 # Turns after which a version that waits for room, and that nobody asks for any more, leaves the line.
 FORGET_TURNS = 512
 ROOM_RETRY_S = 1.0
-# Of host memory, for an adapter's rank and scale at a site: measured, 100, and as much again if no other has its recipe.
+# Of host memory, for an adapter's rank and scale at a site: 100 measured, twice that where no other has its recipe.
 SITE_BYTES = 256
 NO_ADAPTER_ROOM = "NO_ADAPTER_ROOM"
 
