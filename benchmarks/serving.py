@@ -3,7 +3,8 @@
     python benchmarks/serving.py [--adapters 0 1 50] [--rates 5 10 20 40] [--duration 8] [--alpha 0.3] [--cv 1] [--json]
 
 For each rate, runs over no adapter, one and many take turns on one server. Every request is sent at its time, answered
-or not the ones before it. Before that, first-token times on the idle server with the adapter cold, warm and hot. The
+or not the ones before it. Before that the highest rate for some seconds, then quiet, so that steps of most shapes have
+been recorded; and first-token times on the idle server with the adapter cold, warm and hot. The
 defaults fit two CPU cores and the embedded base; --model, --input, --output and the rest scale it up. Prints tables,
 and with --json one JSON line last; each run is a row of results/serving.jsonl, drawn by serving_plots.py.
 """
@@ -27,7 +28,7 @@ from loads.open_loop import TENANT, adapter_name, replay
 from loads.tiers import first_token_ms
 from loads.trace import Workload
 
-WARM_UP_S = 2.0
+WARM_UP_S, REHEARSAL_S = 4.0, or_toy(2.0, 0.0)
 COLUMNS = {
     "requests_s": "req/s",
     "output_tokens_s": "tok/s",
@@ -99,8 +100,9 @@ async def measure(server: LiveServer, arguments: argparse.Namespace, vocabulary:
         rows: list[dict[str, Any]] = [{"kind": "tiers", **tiers}]
         print(f"{'rate':>6} {'n':>6} " + " ".join(f"{title:>8}" for title in COLUMNS.values()), file=sys.stderr)
         for adapters in arguments.adapters:
-            warm_up = workload(arguments, adapters, min(arguments.rates), min(WARM_UP_S, arguments.duration))
+            warm_up = workload(arguments, adapters, max(arguments.rates), min(WARM_UP_S, arguments.duration))
             await replay(client, warm_up.arrivals(), vocabulary)
+            await asyncio.sleep(REHEARSAL_S)
         for rate in arguments.rates:
             for adapters in arguments.adapters:
                 arrivals = workload(arguments, adapters, rate, arguments.duration).arrivals()

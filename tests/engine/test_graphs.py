@@ -203,6 +203,46 @@ def test_the_shape_that_was_replayed_longest_ago_makes_room(monkeypatch: pytest.
     assert recorded.graphs.held == 2
 
 
+def test_what_has_come_is_rehearsed_the_most_frequent_first_and_replayed_when_it_comes_again() -> None:
+    recorded = Recorded(ones)
+    once, twice = layout((9, -1)), layout((9, -1), (9, -1))
+    assert not recorded.graphs.can_rehearse
+    for batch in (once, twice, twice):
+        assert recorded.run(batch) is None
+    assert recorded.graphs.can_rehearse
+    assert [recorded.graphs.rehearse() for _ in range(3)] == [True, True, False]
+    assert [shape.rows for shape in recorded.made] == [2, 1]
+    assert recorded.written == []  # of rows that nobody asked for
+    assert not recorded.graphs.can_rehearse
+    recorded.graphs.take_launches()
+    assert recorded.run(once) is not None
+    assert recorded.graphs.take_launches() == {Launch.GRAPH: 1}
+
+
+def test_a_rehearsal_takes_no_place_from_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "KEPT", 1)
+    recorded = Recorded(ones)
+    recorded.run(layout((9, -1)))
+    recorded.run(layout((9, -1), (9, -1)))
+    recorded.graphs.rehearse()
+    assert not recorded.graphs.can_rehearse
+    assert not recorded.graphs.rehearse()
+    assert [shape.rows for shape in recorded.made] == [1]
+
+
+def test_what_can_not_be_rehearsed_is_not_tried_again() -> None:
+    def refuse(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        raise RuntimeError("an operator waits for the device")
+
+    recorded = Recorded(refuse)
+    recorded.run(layout((9, -1)))
+    recorded.graphs.rehearse()
+    assert not recorded.graphs.can_rehearse
+    recorded.run(layout((9, -1)))
+    assert not recorded.graphs.can_rehearse
+    assert recorded.graphs.take_launches() == {Launch.RARE: 1, Launch.FAILED: 1}
+
+
 def test_launches_are_taken_once() -> None:
     recorded = Recorded(ones)
     recorded.run(layout((9, -1), prompt=70))

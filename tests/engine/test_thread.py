@@ -7,6 +7,7 @@ from typing import cast
 from chorus.engine.engine import Engine
 from chorus.engine.messages import Command, Loaded, StepEvents, StepStats
 from chorus.engine.thread import EngineThread
+from support.claims import until
 
 
 class Turns:
@@ -17,6 +18,7 @@ class Turns:
     def __init__(self, *turns: StepEvents) -> None:
         self._turns = list(turns)
         self.are_over = threading.Event()
+        self.rehearsals = 0
 
     @property
     def has_work(self) -> bool:
@@ -26,6 +28,10 @@ class Turns:
 
     def step(self, commands: Iterable[Command]) -> StepEvents:
         return self._turns.pop(0) if self._turns else StepEvents()
+
+    def rehearse(self) -> bool:
+        self.rehearsals += 1
+        return False
 
     def close(self) -> None:
         pass
@@ -44,3 +50,26 @@ def test_turns_with_nothing_to_tell_are_passed_over_and_no_others() -> None:
     assert engine.are_over.wait(10)
     thread.stop()
     assert told == [loaded, ran, evicted]
+
+
+def test_without_work_and_word_steps_are_rehearsed_while_there_are_any() -> None:
+    class Idle(Turns):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left = 2
+
+        @property
+        def has_waiting(self) -> bool:  # type: ignore[override]
+            return self.left > 0
+
+        def rehearse(self) -> bool:
+            super().rehearse()
+            self.left -= 1
+            return self.left > 0
+
+    engine = Idle()
+    thread = EngineThread(lambda wake: cast(Engine, engine), lambda step: None, lambda error: None)
+    thread.start()
+    until(lambda: not engine.left, "two rehearsals")
+    thread.stop()
+    assert engine.rehearsals == 2

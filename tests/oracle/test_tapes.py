@@ -63,12 +63,16 @@ def batches(adapters: int) -> st.SearchStrategy[list[Part]]:
     return st.lists(part, min_size=1, max_size=12)
 
 
-def test_in_bfloat16_a_replay_is_the_step_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rehearsed", [False, True], ids=["recorded with the batch", "rehearsed without"])
+def test_in_bfloat16_a_replay_is_the_step_bit_for_bit(
+    rehearsed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Decodes and chunks of prompts, of the base and of adapters, and what they leave in the cache.
 
     The third adapter acts on logits; the fourth embeds, and is never recorded.
     """
-    monkeypatch.setattr(graphs, "SEEN_BEFORE", 0)
+    monkeypatch.setattr(graphs, "SEEN_BEFORE", 1000 if rehearsed else 0)
+    monkeypatch.setattr(graphs, "KEPT", 1000)
     folder = save_base(tmp_path / "base", "llama", layers=1)
     base = load_base(str(folder), device="cpu", dtype="bfloat16")
     pool = AdapterPool(base.sites, rows=64, device=base.device, dtype=base.dtype)
@@ -96,6 +100,9 @@ def test_in_bfloat16_a_replay_is_the_step_bit_for_bit(tmp_path: Path, monkeypatc
             chunks.append(Chunk(seq, part.before, part.count, part.samples))
         layout = lay_out(chunks)
         assume(layout.logit_rows)
+        if rehearsed:
+            recorded.forward(layout)
+            recorded.rehearse()
         assert torch.equal(recorded.forward(layout), plain.forward(layout))
         for cache, expected in ((recorded._k_cache, plain._k_cache), (recorded._v_cache, plain._v_cache)):
             assert torch.equal(cache[:, :64], expected)

@@ -119,8 +119,15 @@ class Engine:
 
     @property
     def has_waiting(self) -> bool:
-        """True while time alone can bring work: a deadline, or room for an adapter that waits for it."""
-        return self.scheduler.waiting > 0 or self.residency.has_line
+        """True while time alone can bring work: a deadline, room for an adapter that waits for it, a rehearsal."""
+        return self.scheduler.waiting > 0 or self.residency.has_line or self._runner.can_rehearse
+
+    def rehearse(self) -> bool:
+        """For a moment without work: gets one step that has come ready to come again, in the time of several.
+
+        False where there is none, or somebody waits.
+        """
+        return not self.scheduler.waiting and self._runner.rehearse()
 
     def step(self, commands: Iterable[m.Command]) -> m.StepEvents:
         """Takes the commands in, runs the base once over what the scheduler chose, tells what came of it.

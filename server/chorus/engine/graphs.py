@@ -14,6 +14,9 @@ between batches lies in buffers that are written before each replay, sized for t
 shape does not use ends at once.
 
 A batch without adapters has a graph of its own, in which nothing of adapters is.
+
+Recording takes as long as several steps. While the engine has no work it is done for what has come at all, of rows that
+nobody asked for (`StepGraphs.rehearse`); while it has, for what has come often.
 """
 
 import logging
@@ -55,7 +58,7 @@ SEEN_BEFORE = 4
 MOST_WITH_PROMPTS, MOST_OF_SMALL_BASES = 64, 256
 HIDING_PRODUCTS = 9e9
 # Shapes at a time; the one that was replayed longest ago makes room.
-KEPT = 64
+KEPT = 128
 LEAST_RANK = 16
 
 
@@ -164,7 +167,7 @@ class StepGraphs:
     ) -> None:
         self._record, self._compute, self._new_step, self._pool = record, compute, new_step, pool
         self._with_prompts = with_prompts
-        self._seen: Counter[Shape] = Counter()
+        self._seen: Counter[Shape] = Counter()  # those that have no graph, and were not refused
         self._refused: set[Shape] = set()
         self._kept: OrderedDict[Shape, tuple[StaticStep, Callable[[], Tensor]]] = OrderedDict()
         self._launches: Counter[Launch] = Counter()
@@ -173,6 +176,18 @@ class StepGraphs:
     def held(self) -> int:
         """Graphs in memory."""
         return len(self._kept)
+
+    @property
+    def can_rehearse(self) -> bool:
+        """Whether a shape has come that has no graph, and there is room for one more."""
+        return bool(self._seen) and len(self._kept) < KEPT
+
+    def rehearse(self) -> bool:
+        """Records the shape that has come most often of those without a graph; False where there is none, or no room."""
+        if not self.can_rehearse:
+            return False
+        self._make(max(self._seen, key=self._seen.__getitem__))
+        return True
 
     def take_launches(self) -> dict[Launch, int]:
         """How the batches since the last call were launched."""
@@ -202,11 +217,16 @@ class StepGraphs:
             return Launch.RARE
         return self._make(shape, layout, is_long)
 
-    def _make(self, shape: Shape, layout: Layout, is_long: Sequence[bool]) -> Launch:
-        """Records the batch's step; FAILED where that does not work: such batches are computed without a graph then."""
+    def _make(self, shape: Shape, layout: Layout | None = None, is_long: Sequence[bool] = ()) -> Launch:
+        """Records a step, of rows that nobody asked for where there is no batch.
+
+        FAILED where that does not work: batches of the shape are computed without a graph then.
+        """
         began = time.monotonic()
+        del self._seen[shape]
         step = self._new_step(shape)
-        step.write(layout, is_long)
+        if layout is not None:
+            step.write(layout, is_long)
         try:
             self._compute(step)  # what happens the first time only, compiling too, is not to be recorded
             self._kept[shape] = step, self._record(lambda: self._compute(step))
@@ -215,7 +235,7 @@ class StepGraphs:
             log.warning("no graph of steps", extra={"shape": str(shape), "reason": str(error)})
             return Launch.FAILED
         if len(self._kept) > KEPT:
-            self._seen[self._kept.popitem(last=False)[0]] = 0
+            self._kept.popitem(last=False)
         seconds = round(time.monotonic() - began, 3)
         log.info("recorded a graph of steps", extra={"shape": str(shape), "seconds": seconds})
         return Launch.RECORDED

@@ -67,6 +67,16 @@ class Runner:
         plans, head_plans = self._pool.plans(layout.segments), self._pool.plans(layout.logit_segments)
         return self._compute(plan, token_ids, positions, long, None if layout.wants_all else wanted, plans, head_plans)
 
+    @property
+    def can_rehearse(self) -> bool:
+        """Whether a step can be recorded that has come, but not often."""
+        return self.graphs is not None and self.graphs.can_rehearse
+
+    @torch.inference_mode()
+    def rehearse(self) -> bool:
+        """Records one of those, if there is one, which takes as long as several steps."""
+        return self.graphs is not None and self.graphs.rehearse()
+
     def _compute_static(self, step: StaticStep) -> Tensor:
         plans = step.deltas.plans if step.deltas is not None else {}
         inputs = step.token_ids, step.positions, step.is_long, step.wanted

@@ -12,7 +12,8 @@ from chorus.engine.messages import Command, StepEvents
 
 logger = logging.getLogger(__name__)
 
-# How long an engine without work sleeps before it looks again at deadlines and at room for adapters, seconds.
+# How long an engine without work sleeps before it looks again at deadlines and at room for adapters, and rehearses a
+# step, seconds.
 _IDLE_WAIT = 0.05
 
 
@@ -72,9 +73,13 @@ class EngineThread:
     def _take(self) -> list[Command]:
         """All commands that are waiting; sleeps for the first one when the engine has nothing to do."""
         taken: list[Command | _Wake] = []
-        try:
-            if not self._engine.has_work:
+        if not self._engine.has_work:
+            try:
                 taken.append(self._inbox.get(timeout=_IDLE_WAIT if self._engine.has_waiting else None))
+            except queue.Empty:
+                while self._inbox.empty() and self._engine.rehearse():
+                    pass
+        try:
             while True:
                 taken.append(self._inbox.get_nowait())
         except queue.Empty:
