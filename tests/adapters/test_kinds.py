@@ -10,9 +10,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from chorus.adapters import artifact
+from chorus.adapters import artifact, lora_fit
 from chorus.adapters.artifact import Artifact
 from chorus.adapters.kinds import Lowering
+from chorus.adapters.lora_tensors import SortedTensors, sort_tensors
 from chorus.adapters.lowered import LoweredAdapter
 from chorus.errors import FailedPrecondition, InvalidArgument
 from chorus.models.sites import Site
@@ -219,6 +220,26 @@ def test_sound_adapter_is_counted(sites: Sites) -> None:
     assert (lowered.kind, lowered.max_rank, lowered.site_count) == ("LORA", 2, 2)
     assert lowered.bytes == 4 * 2 * 2 * (8 + 6)
     assert list(lowered.ranks) == ["layers.0.q_proj", "layers.1.q_proj"]
+
+
+def test_a_recipe_is_looked_at_once_unless_it_is_large(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[object] = []
+
+    def look(shapes: Any) -> SortedTensors:
+        looked.append(shapes)
+        return sort_tensors(shapes)
+
+    monkeypatch.setattr(lora_fit, "sort_tensors", look)
+    lowering = Lowering(sites, max_rank=2)
+    for _ in range(3):
+        lowering.fit(make(sites))
+    assert len(looked) == 1
+    for _ in range(2):
+        lowering.fit(make(sites, targets=["q_proj", *(f"{i:0500}" for i in range(40))]))
+    assert len(looked) == 3
+    monkeypatch.setattr(lora_fit, "_KEPT_TENSORS", 3)
+    lowering.fit(make(sites))
+    assert len(looked) == 4
 
 
 def test_second_adapter_of_a_recipe_is_lowered_from_its_own_numbers(sites: Sites) -> None:

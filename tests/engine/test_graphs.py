@@ -205,42 +205,74 @@ def test_the_shape_that_was_replayed_longest_ago_makes_room(monkeypatch: pytest.
 
 def test_what_has_come_is_rehearsed_the_most_frequent_first_and_replayed_when_it_comes_again() -> None:
     recorded = Recorded(ones)
-    once, twice = layout((9, -1)), layout((9, -1), (9, -1))
+    once, twice, thrice = (layout(*[(9, -1)] * rows) for rows in (1, 2, 4))
     assert not recorded.graphs.can_rehearse
-    for batch in (once, twice, twice):
+    for batch in (once, twice, twice, thrice, thrice, thrice):
         assert recorded.run(batch) is None
     assert recorded.graphs.can_rehearse
     assert [recorded.graphs.rehearse() for _ in range(3)] == [True, True, False]
-    assert [shape.rows for shape in recorded.made] == [2, 1]
+    assert [shape.rows for shape in recorded.made] == [4, 2]
     assert recorded.written == []  # of rows that nobody asked for
     assert not recorded.graphs.can_rehearse
     recorded.graphs.take_launches()
-    assert recorded.run(once) is not None
+    assert recorded.run(twice) is not None
     assert recorded.graphs.take_launches() == {Launch.GRAPH: 1}
+
+
+def test_what_only_was_rehearsed_makes_room_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "KEPT", 2)
+    recorded = Recorded(ones)
+    one, two, four = (layout(*[(9, -1)] * rows) for rows in (1, 2, 4))
+    for batch in [one] * (SEEN_BEFORE + 1) + [two] * 2:
+        recorded.run(batch)
+    recorded.graphs.rehearse()
+    for batch in [four] * (SEEN_BEFORE + 1) + [one]:
+        recorded.run(batch)
+    assert [shape.rows for shape in recorded.made] == [1, 2, 4]
+    assert recorded.graphs.held == 2
+
+
+def test_a_shape_of_fewer_sites_than_adapters_act_at_by_now_is_not_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = Recorded(ones)
+    for _ in range(2):
+        recorded.run(layout((9, 0)))
+    assert recorded.graphs.can_rehearse
+    monkeypatch.setattr(POOL, "linears_used", ("q", "v", "up"), raising=False)
+    assert not recorded.graphs.can_rehearse
 
 
 def test_a_rehearsal_takes_no_place_from_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "KEPT", 1)
     recorded = Recorded(ones)
-    recorded.run(layout((9, -1)))
-    recorded.run(layout((9, -1), (9, -1)))
+    for rows in (1, 1, 1, 2, 2):
+        recorded.run(layout(*[(9, -1)] * rows))
     recorded.graphs.rehearse()
     assert not recorded.graphs.can_rehearse
     assert not recorded.graphs.rehearse()
     assert [shape.rows for shape in recorded.made] == [1]
 
 
-def test_what_can_not_be_rehearsed_is_not_tried_again() -> None:
-    def refuse(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        raise RuntimeError("an operator waits for the device")
+@pytest.mark.parametrize("error", [RuntimeError("an operator waits for the device"), ValueError("no such kernel")])
+@pytest.mark.parametrize("where", ["record", "step"])
+def test_what_can_not_be_rehearsed_is_not_tried_again(
+    error: Exception, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is wrong: nobody asked for it."""
 
-    recorded = Recorded(refuse)
-    recorded.run(layout((9, -1)))
+    def fail(*_: object) -> Any:
+        raise error
+
+    recorded = Recorded(fail if where == "record" else ones)
+    if where == "step":
+        monkeypatch.setattr(recorded.graphs, "_new_step", fail)
+    for _ in range(2):
+        recorded.run(layout((9, -1)))
     recorded.graphs.rehearse()
     assert not recorded.graphs.can_rehearse
     recorded.run(layout((9, -1)))
     assert not recorded.graphs.can_rehearse
-    assert recorded.graphs.take_launches() == {Launch.RARE: 1, Launch.FAILED: 1}
+    assert recorded.graphs.take_launches() == {Launch.RARE: 2, Launch.FAILED: 1}
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == ["no graph of steps"]
 
 
 def test_launches_are_taken_once() -> None:

@@ -1,6 +1,6 @@
 """An adapter as it lies on disk: `adapter_config.json`, `adapter_model.safetensors`, optionally `task.json`.
 
-`read` answers one question: is this a sound file of a kind that we know? Whether it fits a base is `kinds.lower`'s
+`read` answers one question: is this a sound file of a kind that we know? Whether it fits a base is `Lowering.fit`'s
 matter. Nothing here imports, unpickles, downloads or follows a link.
 """
 

@@ -68,7 +68,7 @@ def _task_identity(task: TaskCard | None) -> dict[str, object] | None:
     return read
 
 
-@lru_cache(maxsize=4096)  # adapters of one recipe have tensors of the same names
+@lru_cache(maxsize=4096)  # adapters of one recipe have the same; asked once they fit, so names are the base's
 def _described(name: str, dtype: str, shape: tuple[int, ...]) -> bytes:
     """`canonical([name, dtype, shape])` and a newline, in a third of its time."""
     return f'[{encode_basestring_ascii(name)},"{dtype}",[{",".join(map(str, shape))}]]\n'.encode("ascii")

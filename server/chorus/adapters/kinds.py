@@ -1,4 +1,4 @@
-"""Adapter kinds, lowered to the operators that the engine runs: one class per kind.
+"""Adapter kinds, fitted to a base and lowered to the operators that the engine runs: one class per kind.
 
     PEFT file ── artifact.read ──> Artifact ── Lowering.fit ──> Fit ── lower ──> LoweredAdapter
 

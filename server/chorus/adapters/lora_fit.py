@@ -22,7 +22,8 @@ from chorus.errors import FailedPrecondition, InvalidArgument
 from chorus.models.sites import Site
 
 _KEPT = 64
-_KEPT_TENSORS = 4096  # of larger files none is remembered
+# Of files and configs that are larger none is remembered: they are strangers', and memory for them is nobody's.
+_KEPT_TENSORS, _KEPT_BYTES = 4096, 1 << 14
 
 _FOREIGN = "the adapter was made for another base, or adapts what is not served"
 _HINTS = {
@@ -81,7 +82,8 @@ class LoraFits:
         """
         shapes = tuple((name, tensor.shape) for name, tensor in artifact.tensors.items())
         recipe = _Recipe(canonical(artifact.config.identity()), shapes, artifact.config)
-        return (self._look_once if len(shapes) <= _KEPT_TENSORS else self._look)(recipe)
+        is_small = len(shapes) <= _KEPT_TENSORS and len(recipe.identity) <= _KEPT_BYTES
+        return (self._look_once if is_small else self._look)(recipe)
 
     def _look(self, recipe: _Recipe) -> LoraFit:
         targets = Targets(recipe.config, self._sites.values())

@@ -82,12 +82,16 @@ class AdapterPool:
         rows = self._pages.allocate(adapter.ranks)
         if rows is None:
             return None
+        try:
+            for stack in adapter.a:
+                self._a.write(rows, stack)
+            for stack in adapter.b:
+                self._b.write(rows, stack)
+            self._scales.fill(rows, adapter.scales)
+        except BaseException:
+            self._pages.free(rows)
+            raise
         slot, self._next_slot = self._next_slot, self._next_slot + 1
-        for stack in adapter.a:
-            self._a.write(rows, stack)
-        for stack in adapter.b:
-            self._b.write(rows, stack)
-        self._scales.fill(rows, adapter.scales)
         self._slots[slot] = _Placed(rows, adapter.max_rank, not self._embeddings.isdisjoint(rows))
         linears = (name for name in rows if name not in self._embeddings)
         self.linears_used = tuple(dict.fromkeys([*self.linears_used, *linears]))

@@ -317,7 +317,7 @@ class Engine:
 
 
 def _loader(base: Base, lowering: Lowering) -> Callable[[str, str], LoadedHost]:
-    """What a loader thread does with an adapter's folder: read, check that it still is what was stored, lower, cast."""
+    """What a loader thread does with an adapter's folder: read, check that it still is what was stored, fit, lower."""
 
     def load(digest: str, path: str) -> LoadedHost:
         failpoints.hit("residency.load")

@@ -15,7 +15,7 @@ shape does not use ends at once.
 
 A batch without adapters has a graph of its own, in which nothing of adapters is.
 
-Recording takes as long as several steps. While the engine has no work it is done for what has come at all, of rows that
+Recording takes as long as several steps. While the engine has no work it is done for what has come twice, of rows that
 nobody asked for (`StepGraphs.rehearse`); while it has, for what has come often.
 """
 
@@ -51,8 +51,9 @@ log = logging.getLogger(__name__)
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """Gives what does the same work again, on the same memory."""
 
-# A shape that does not come back is not worth its recording, 0.1 to 1 s.
+# A shape that does not come back is not worth its recording: several steps on a CPU, 0.1 to 1 s on CUDA, by estimate.
 SEEN_BEFORE = 4
+REHEARSED_FROM = 2
 # Tokens of a step with prompts up to which it is recorded. With more, computing hides what launching costs, once it is
 # so many products: of a small base up to four times as many tokens are.
 MOST_WITH_PROMPTS, MOST_OF_SMALL_BASES = 64, 256
@@ -179,14 +180,21 @@ class StepGraphs:
 
     @property
     def can_rehearse(self) -> bool:
-        """Whether a shape has come that has no graph, and there is room for one more."""
-        return bool(self._seen) and len(self._kept) < KEPT
+        """Whether a shape has come twice that has no graph and can come again, and there is room for one more."""
+        return len(self._kept) < KEPT and self._due() is not None
 
     def rehearse(self) -> bool:
-        """Records the shape that has come most often of those without a graph; False where there is none, or no room."""
-        if not self.can_rehearse:
+        """Records the one of those that has come most often; False where there is none, or no room.
+
+        It is the first that makes room until it is replayed. One that can not be recorded is not tried again.
+        """
+        if not self.can_rehearse or (shape := self._due()) is None:
             return False
-        self._make(max(self._seen, key=self._seen.__getitem__))
+        try:
+            if self._make(shape) is Launch.RECORDED:
+                self._kept.move_to_end(shape, last=False)
+        except Exception as error:  # nobody asked for this: in a step it is the request that fails
+            self._refuse(shape, error)
         return True
 
     def take_launches(self) -> dict[Launch, int]:
@@ -217,6 +225,19 @@ class StepGraphs:
             return Launch.RARE
         return self._make(shape, layout, is_long)
 
+    def _due(self) -> Shape | None:
+        linears = len(self._pool.linears_used)  # it only grows, and shapes of fewer do not come any more
+        often = {
+            shape: count
+            for shape, count in self._seen.items()
+            if count >= REHEARSED_FROM and shape.linears in (0, linears)
+        }
+        return max(often, key=often.__getitem__, default=None)
+
+    def _refuse(self, shape: Shape, error: Exception) -> None:
+        self._refused.add(shape)
+        log.warning("no graph of steps", extra={"shape": str(shape), "reason": str(error)})
+
     def _make(self, shape: Shape, layout: Layout | None = None, is_long: Sequence[bool] = ()) -> Launch:
         """Records a step, of rows that nobody asked for where there is no batch.
 
@@ -231,8 +252,7 @@ class StepGraphs:
             self._compute(step)  # what happens the first time only, compiling too, is not to be recorded
             self._kept[shape] = step, self._record(lambda: self._compute(step))
         except RuntimeError as error:
-            self._refused.add(shape)
-            log.warning("no graph of steps", extra={"shape": str(shape), "reason": str(error)})
+            self._refuse(shape, error)
             return Launch.FAILED
         if len(self._kept) > KEPT:
             self._kept.popitem(last=False)

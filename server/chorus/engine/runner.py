@@ -69,13 +69,13 @@ class Runner:
 
     @property
     def can_rehearse(self) -> bool:
-        """Whether a step can be recorded that has come, but not often."""
-        return self.graphs is not None and self.graphs.can_rehearse
+        """Whether a step can be recorded that has come, but not often. On CUDA, where it may take a second, never."""
+        return self.graphs is not None and self._base.device.type == "cpu" and self.graphs.can_rehearse
 
     @torch.inference_mode()
     def rehearse(self) -> bool:
         """Records one of those, if there is one, which takes as long as several steps."""
-        return self.graphs is not None and self.graphs.rehearse()
+        return self.can_rehearse and self.graphs is not None and self.graphs.rehearse()
 
     def _compute_static(self, step: StaticStep) -> Tensor:
         plans = step.deltas.plans if step.deltas is not None else {}
