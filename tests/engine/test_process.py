@@ -64,3 +64,19 @@ def test_triton_stays_out_of_an_engine_on_a_cpu(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-c", WHAT_CAME, str(tmp_path)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == []
+
+
+WHAT_CAME_IN_FRONT = """
+import sys
+import chorus.models.checkpoint, chorus.models.tokenizer, chorus.services.assembly, chorus.services.server
+from chorus.models.tokenizer import load_tokenizer
+
+assert load_tokenizer(chorus.models.checkpoint.base_folder(None))
+print(*sorted({"transformers.modeling_utils", "torch._dynamo", "triton", "numba"} & sys.modules.keys()))
+"""
+
+
+def test_a_front_end_does_without_models_and_compilers() -> None:
+    """It has the tokenizer and no model; they would take 100 MB and a core for two seconds while the engine starts."""
+    command = [sys.executable, "-c", WHAT_CAME_IN_FRONT]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == []

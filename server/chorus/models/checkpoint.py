@@ -4,14 +4,17 @@ Local folder or hub id, safetensors only; code of a model's repository never run
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from chorus.errors import InvalidArgument, NotFound
 from chorus.models import embedded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 
@@ -59,7 +62,7 @@ def read_config(folder: Path) -> Any:
         ) from error
 
 
-def read_module(folder: Path, config: Any, dtype: torch.dtype, *, attention: str | None = None) -> PreTrainedModel:
+def read_module(folder: Path, config: Any, dtype: torch.dtype, *, attention: str | None = None) -> "PreTrainedModel":
     """The causal decoder of a folder on the CPU, in eval mode; `attention` as transformers names implementations.
 
     Raises:
@@ -69,6 +72,8 @@ def read_module(folder: Path, config: Any, dtype: torch.dtype, *, attention: str
         raise InvalidArgument(
             f"base model: {folder} holds no *.safetensors; other weight formats are not read", reason="BAD_MODEL"
         )
+    from transformers import AutoModelForCausalLM  # brings torch's compiler: 100 MB that a front end does without
+
     disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

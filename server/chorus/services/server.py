@@ -46,7 +46,7 @@ def serve(config: ServerConfig, *, on_ready: Callable[["Endpoints", "MemoryPlan"
     engine = EngineProcess(config)
     try:
         with garbage.of_a_start():
-            # What is slow to import is imported while the engine loads; transformers' models alone take 2 s.
+            # What is slow to import is imported while the engine loads.
             import chorus.models.checkpoint
             import chorus.models.tokenizer
             import chorus.services.assembly  # noqa: F401
