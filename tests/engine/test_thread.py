@@ -56,16 +56,13 @@ def test_without_work_and_word_steps_are_rehearsed_while_there_are_any() -> None
     class Idle(Turns):
         def __init__(self) -> None:
             super().__init__()
-            self.left = 2
-
-        @property
-        def has_waiting(self) -> bool:  # type: ignore[override]
-            return self.left > 0
+            self.left, self.has_waiting = 2, True
 
         def rehearse(self) -> bool:
             super().rehearse()
             self.left -= 1
-            return self.left > 0
+            self.has_waiting = self.left > 0
+            return self.has_waiting
 
     engine = Idle()
     thread = EngineThread(lambda wake: cast(Engine, engine), lambda step: None, lambda error: None)

@@ -38,7 +38,6 @@ class AdapterPool:
     def __init__(self, sites: Mapping[str, Site], *, rows: int, device: torch.device, dtype: torch.dtype) -> None:
         self._pages = RankPages(sites, rows)
         self._rows = rows
-        self.dtype = dtype
         self._device = device
         self._slots: dict[int, _Placed] = {}
         self._embeddings = {name for name, site in sites.items() if site.is_embedding}

@@ -181,14 +181,14 @@ class StepGraphs:
     @property
     def can_rehearse(self) -> bool:
         """Whether a shape has come twice that has no graph and can come again, and there is room for one more."""
-        return len(self._kept) < KEPT and self._due() is not None
+        return self._due() is not None
 
     def rehearse(self) -> bool:
         """Records the one of those that has come most often; False where there is none, or no room.
 
         It is the first that makes room until it is replayed. One that can not be recorded is not tried again.
         """
-        if not self.can_rehearse or (shape := self._due()) is None:
+        if (shape := self._due()) is None:
             return False
         try:
             if self._make(shape) is Launch.RECORDED:
@@ -226,6 +226,9 @@ class StepGraphs:
         return self._make(shape, layout, is_long)
 
     def _due(self) -> Shape | None:
+        """What to rehearse next, if there is room for it."""
+        if len(self._kept) >= KEPT:
+            return None
         linears = len(self._pool.linears_used)  # it only grows, and shapes of fewer do not come any more
         often = {
             shape: count
