@@ -53,8 +53,8 @@ def _build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         w = builder.add(w_at, builder.mul(INT64(_PAIR_OF_WEIGHTS), loop.index))
         weights = [load(builder, builder.add(w, INT64(64 * v)), PAIRS, 64) for v in range(_VECTORS)]
         asked = builder.add(ahead_at, builder.mul(ahead, loop.index))
-        ask_for(builder, asked)
-        ask_for(builder, builder.add(asked, builder.lshr(ahead, INT64(1))))
+        ask_for(builder, asked, once=True)
+        ask_for(builder, builder.add(asked, builder.lshr(ahead, INT64(1))), once=True)
         for row in range(ROWS):
             x = pair_in_every_lane(builder, builder.add(rows[row], builder.mul(INT64(4), loop.index)))
             for v in range(_VECTORS):

@@ -93,12 +93,12 @@ def take_ticket(typing: Any, counter: Any) -> Any:
     return types.int64(counter), build
 
 
-def ask_for(builder: Any, address: Any, *, to_write: bool = False) -> None:
-    """What `prefetch` is compiled to, and `prefetch_to_write`."""
+def ask_for(builder: Any, address: Any, *, to_write: bool = False, once: bool = False) -> None:
+    """What `prefetch` is compiled to, and `prefetch_to_write`; what is read `once` is to drive nothing out."""
     byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
     function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
-    nearness = 3 if to_write else 2
+    nearness = 3 if to_write else 0 if once else 2
     builder.call(function, [builder.inttoptr(address, byte), word(int(to_write)), word(nearness), word(1)])
 
 
