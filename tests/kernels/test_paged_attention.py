@@ -24,6 +24,7 @@ from support.attention import batch, check
 
 CPU = torch.device("cpu")
 FEW_KEYS_OF = "chorus.kernels.native.decode_attention.few_keys"
+TILED_FROM = "chorus.kernels.native.prompt_attention.tiled_from"
 BLOCK = 4
 BF16 = torch.bfloat16
 
@@ -128,11 +129,11 @@ def test_decodes_in_bfloat16_stay_within_the_bound(block: int, scattered: bool) 
 @pytest.mark.parametrize("heads", [(1, 1), (2, 1), (3, 1), (5, 1), (14, 2), (24, 4)])
 @pytest.mark.parametrize("dim", [16, 48, 64, 80, 128, 256])
 def test_all_tokens_of_chunks_in_bfloat16_stay_within_the_bound(heads: tuple[int, int], dim: int) -> None:
-    """However many queries share a key, and a tile of sums holds; chunks and decodes, in pages that are not full."""
+    """Token by token, however many queries share a key and a tile of sums holds, in pages that are not full."""
     query, k_cache, v_cache, rows = batch([(70, 0), (1, 0), (5, 27), (1, 47), (1, 48), (16, 16)], heads, dim, BF16, 1)
     for window, bias in [(None, None), (21, None), (None, torch.randn(heads[0], 2 * 9 + 1))]:
         options: dict[str, Any] = {"scale": dim**-0.5, "window": window, "bias": bias}
-        with patch(FEW_KEYS_OF, return_value=FEW_KEYS):
+        with patch(FEW_KEYS_OF, return_value=FEW_KEYS), patch(TILED_FROM, return_value=None):
             got = paged_attention(query, k_cache, v_cache, AttentionPlan(rows, 16, CPU), **options)
         exact = reference.paged_attention(query.double(), k_cache.double(), v_cache.double(), rows, **options)
         check(got, exact, BF16)
@@ -184,7 +185,7 @@ def test_a_chunk_is_as_long_as_the_keys_that_it_sees() -> None:
 
 
 def test_a_long_prompts_attention_lets_other_threads_have_the_interpreter() -> None:
-    query, k_cache, v_cache, rows = batch([(700, 0)], (4, 2), 64, BF16, 3)
+    query, k_cache, v_cache, rows = batch([(1400, 0)], (4, 2), 64, BF16, 3)
     plan, ticks, ended = AttentionPlan(rows, 16, CPU), [time.monotonic()], threading.Event()
 
     def tick() -> None:

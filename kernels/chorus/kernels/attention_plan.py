@@ -23,9 +23,11 @@ cores of Zen 4, 16 heads of 64 over 4, bfloat16 without its instructions: 64 tok
 
 
 class CpuRows:
-    """For a CPU: decodes together, chunks of few keys among them token by token, and long chunks one by one.
+    """For a CPU: chunks in tiles together, where there are such; decodes together, chunks of few keys among them token
+    by token; and other chunks one by one.
 
-    With a capacity there are decodes alone.
+    In tiles are chunks of `tiled_from` tokens and more, with `group` query heads to a key head. With a capacity there
+    are decodes alone.
     """
 
     def __init__(
@@ -34,15 +36,28 @@ class CpuRows:
         lists: RowLists,
         few_keys: int,
         window: int | None,
+        group: int,
+        tiled_from: int | None,
         capacity: Capacity | None,
     ) -> None:
         from chorus.kernels.native.decode_attention import DecodeRows  # numba is not everywhere
+        from chorus.kernels.native.prompt_attention import PromptRows
 
-        decodes = [row for row in rows if capacity is not None or is_short(row, few_keys, window)]
-        self.prefills = [row for row in rows if capacity is None and not is_short(row, few_keys, window)]
-        own = RowLists(decodes, lists.block_size, lists.causal) if self.prefills else lists
+        tiled: list[AttentionRow] = []
+        decodes: list[AttentionRow] = []
+        self.prefills: list[AttentionRow] = []
+        for row in rows:
+            if capacity is not None or row.end - row.start == 1:
+                decodes.append(row)
+            elif tiled_from is not None and row.end - row.start >= tiled_from:
+                tiled.append(row)
+            else:
+                (decodes if is_short(row, few_keys, window) else self.prefills).append(row)
+        block_size, causal = lists.block_size, lists.causal
+        own = lists if len(decodes) == len(rows) else RowLists(decodes, block_size, causal)
         self.decode_rows = DecodeRows(own, pages=None if capacity is None else capacity.pages) if decodes else None
-        self.prefill_blocks = [torch.tensor(row.used(lists.block_size)) for row in self.prefills]
+        self.prompt_rows = PromptRows(tiled, block_size, group, causal=causal) if tiled else None
+        self.prefill_blocks = [torch.tensor(row.used(block_size)) for row in self.prefills]
 
 
 def is_short(row: AttentionRow, few_keys: int = FEW_KEYS, window: int | None = None) -> bool:
@@ -77,7 +92,7 @@ class AttentionPlan:
         self._capacity = capacity
         self._is_rewritable = capacity is not None and (self.runs_triton or device.type == "cpu")
         self._tables: dict[tuple[int, int | None], AttentionTables] = {}
-        self._on_cpu: dict[tuple[int, int | None], CpuRows] = {}
+        self._on_cpu: dict[tuple[int | None, ...], CpuRows] = {}
         self.rows = tuple(rows)
         self.block_size = block_size
         self.causal = causal
@@ -121,11 +136,13 @@ class AttentionPlan:
     def _made(self, rows: Sequence[AttentionRow], group: int, window: int | None) -> AttentionTables:
         return attention_tables(rows, self.block_size, group, window, self._capacity, causal=self.causal)
 
-    def on_cpu(self, few_keys: int, window: int | None) -> CpuRows:
-        """For what runs on a CPU without Triton; chunks that see at most so many keys are computed as decodes."""
-        key = (few_keys, window) if self._capacity is None else (0, None)
+    def on_cpu(self, few_keys: int, window: int | None, group: int = 1, tiled_from: int | None = None) -> CpuRows:
+        """For what runs on a CPU without Triton; chunks that see at most so many keys are computed as decodes, those of
+        `tiled_from` tokens and more in tiles."""
+        how = few_keys, window, group, tiled_from
+        key = how if self._capacity is None else ()
         if key not in self._on_cpu:
-            self._on_cpu[key] = CpuRows(self.rows, self._lists, few_keys, window, self._capacity)
+            self._on_cpu[key] = CpuRows(self.rows, self._lists, *how, self._capacity)
         return self._on_cpu[key]
 
 

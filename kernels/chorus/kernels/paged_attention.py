@@ -1,7 +1,8 @@
 """`store_kv` and `paged_attention`: a packed batch of decodes and prefill chunks over a paged KV cache.
 
-On CPU all decodes and short chunks are one call of a kernel (`native.decode_attention`). A long chunk is a call of its
-own: one gather of its pages and one SDPA; it is in pieces where there is a soft cap or a bias (`dense_attention`).
+On CPU all decodes are one call of a kernel (`native.decode_attention`). All chunks are one of another
+(`native.prompt_attention`) where it runs; else short ones are computed as decodes, and a long one is a call of its own:
+one gather of its pages and one SDPA, in pieces where there is a soft cap or a bias (`dense_attention`).
 
 On CUDA the Triton kernels run (`triton_attention`), decodes and chunks in two launches, over tables that the plan
 (`attention_plan`) builds.
@@ -83,9 +84,14 @@ def paged_attention(
             causal=plan.causal,
         )
     from chorus.kernels.native.decode_attention import decode_attention, few_keys
+    from chorus.kernels.native.prompt_attention import prompt_attention, tiled_from
 
-    batch = plan.on_cpu(few_keys(query, k_cache, capped=soft_cap is not None), window)
+    least = tiled_from(query, k_cache) if bias is None else None
+    group = query.shape[1] // k_cache.shape[1]
+    batch = plan.on_cpu(few_keys(query, k_cache, capped=soft_cap is not None), window, group, least)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if batch.prompt_rows is not None:
+        prompt_attention(out, query, k_cache, v_cache, batch.prompt_rows, scale=scale, window=window, soft_cap=soft_cap)
     if batch.decode_rows is not None:
         decode_attention(
             out, query, k_cache, v_cache, batch.decode_rows, scale=scale, window=window, soft_cap=soft_cap, bias=bias

@@ -3,7 +3,8 @@
     numbers.py           bfloat16, float16 and addresses in a kernel; exp
     team.py              how a kernel is compiled, kept and run on the threads that torch computes with
     decode_attention.py  decodes over paged keys and values
-    page_tiles.py        its innermost loops, in registers
+    prompt_attention.py  chunks of prompts over the same
+    page_tiles.py        their innermost loops, in registers
     packed_linear.py     linears of few rows, over weights as oneDNN packs them
     dot_tile.py          their innermost loop, in registers
     amx_tile.py          the same in tiles, on a CPU that has them
@@ -35,6 +36,7 @@ from chorus.kernels.native import (
     packed_gate,
     packed_linear,
     program,
+    prompt_attention,
     residual_norm,
     rope_store,
     widened_linear,
@@ -46,6 +48,7 @@ def prepare(dtype: torch.dtype, head_dim: int, block_size: int) -> None:
     """Compiles now what the first step would wait for: 2 s a kernel, once on a machine; a tenth of that when kept."""
     if dtype in HELD_AS:
         decode_attention.prepare(dtype, head_dim, block_size)
+        prompt_attention.prepare(dtype, head_dim, block_size)
         low_rank.prepare(dtype)
         rope_store.prepare(dtype, head_dim)
         (packed_linear if product_dtype(dtype) == dtype else widened_linear).prepare(dtype)

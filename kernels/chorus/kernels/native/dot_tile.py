@@ -10,15 +10,17 @@ cycle; 16 of them need 10 loads, for which it takes 5 cycles, so they run at its
 # numba's decorators have no types.
 # mypy: disable-error-code="untyped-decorator"
 
+from functools import partial
 from itertools import product
 from typing import Any
 
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from chorus.kernels.native.numbers import ask_for
-from chorus.kernels.native.vectors import INT64, PAIRS, SUMS, at_most, dot, load, pair_in_every_lane, store
+from chorus.kernels.native.vectors import INT64, LANES, PAIRS, SUMS, at_most, dot, load, pair_in_every_lane, store
 
 ROWS, COLUMNS = 8, 32
 PANEL = 64
@@ -43,11 +45,21 @@ def tile(
     return types.void(*[types.int64] * 8), _build
 
 
-def _build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+@intrinsic
+def tile_anew(
+    typing: Any, x_at: Any, x_stride: Any, last: Any, w_at: Any, pairs: Any, sums_at: Any, ahead_at: Any, ahead: Any
+) -> Any:
+    """`tile` whose sums begin at 0, whatever is there."""
+    return types.void(*[types.int64] * 8), partial(_build, anew=True)
+
+
+def _build(context: Any, builder: Any, signature: Any, arguments: Any, *, anew: bool = False) -> Any:
     x_at, x_stride, last, w_at, pairs, sums_at, ahead_at, ahead = arguments
     places = list(product(range(ROWS), range(_VECTORS)))
     kept = {(row, v): builder.add(sums_at, INT64(_ROW_OF_SUMS * row + 64 * v)) for row, v in places}
-    sums = {place: cgutils.alloca_once_value(builder, load(builder, kept[place], SUMS, 64)) for place in places}
+    zeros = ir.Constant(SUMS, [0.0] * LANES)
+    before = {place: zeros if anew else load(builder, at, SUMS, 64) for place, at in kept.items()}
+    sums = {place: cgutils.alloca_once_value(builder, number) for place, number in before.items()}
     rows = [builder.add(x_at, builder.mul(x_stride, at_most(builder, row, last))) for row in range(ROWS)]
     with cgutils.for_range(builder, pairs) as loop:
         w = builder.add(w_at, builder.mul(INT64(_PAIR_OF_WEIGHTS), loop.index))

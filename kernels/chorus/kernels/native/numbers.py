@@ -125,6 +125,14 @@ def prefetch_to_write(typing: Any, address: Any) -> Any:
 
 
 @numba.njit(**INLINE)
+def lines(count):
+    """So many float32 that nobody has set, from the beginning of a line of the cache on."""
+    memory = np.empty(count + 16, np.float32)
+    skipped = -(memory.ctypes.data // 4) % 16
+    return memory[skipped : skipped + count]
+
+
+@numba.njit(**INLINE)
 def exp(x):
     """e^x in float32, vectorised with the loop around it, within 2 ulp; past -87.3 and 88.3 what it is there.
 

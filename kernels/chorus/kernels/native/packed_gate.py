@@ -17,7 +17,7 @@ from torch import Tensor
 
 from chorus.kernels.native import packed_linear
 from chorus.kernels.native.gate import gelu_tanh_mul, silu_mul
-from chorus.kernels.native.numbers import INLINE, add_numbers, narrow, pointer, take_ticket
+from chorus.kernels.native.numbers import INLINE, add_numbers, lines, narrow, pointer, take_ticket
 from chorus.kernels.native.packed_linear import MOST_ROWS, PANEL, multiply
 from chorus.kernels.native.team import EDITION, Compiled
 from chorus.kernels.reference import GatedActivation
@@ -47,9 +47,7 @@ def _kernel() -> Compiled:
         a = carray(arguments, (12,))
         panels, y_at, y_stride, x_at, x_stride, k, rows = a[2], a[3], a[4], a[5], a[6], a[7], a[8]
         weights_at, bias_at, is_gelu = a[9], a[10], a[11]
-        memory = np.empty(2 * MOST_ROWS * PANEL + 16, np.float32)
-        aligned = (16 - memory.ctypes.data // 4 % 16) % 16
-        both = memory[aligned : aligned + 2 * MOST_ROWS * PANEL].reshape((2, MOST_ROWS, PANEL))
+        both = lines(2 * MOST_ROWS * PANEL).reshape((2, MOST_ROWS, PANEL))
         gates, ups = both[0], both[1]
         size = 4 * columns * ((k + 31) // 32 * 16)
         following = take_ticket(arguments)

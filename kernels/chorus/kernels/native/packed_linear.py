@@ -23,7 +23,7 @@ from numba import carray
 from torch import Tensor
 
 from chorus.kernels.native import amx_tile, dot_tile
-from chorus.kernels.native.numbers import OPTIONS, add_numbers, narrow, pointer, take_ticket
+from chorus.kernels.native.numbers import OPTIONS, add_numbers, lines, narrow, pointer, take_ticket
 from chorus.kernels.native.team import EDITION, Compiled
 from chorus.kernels.native.vectors import cpu_has
 
@@ -86,9 +86,7 @@ def _kernel() -> Compiled:
         a = carray(arguments, (14,))
         panels, y_at, y_stride, n, x_at, x_stride, k, rows = a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]
         weights_at, bias_at, residual_at, residual_stride = a[10], a[11], a[12], a[13]
-        memory = np.empty(MOST_ROWS * PANEL + 16, np.float32)
-        aligned = (16 - memory.ctypes.data // 4 % 16) % 16
-        sums = memory[aligned : aligned + MOST_ROWS * PANEL].reshape((MOST_ROWS, PANEL))
+        sums = lines(MOST_ROWS * PANEL).reshape((MOST_ROWS, PANEL))
         padded_pairs = (k + 31) // 32 * 16
         size = _PAIR * padded_pairs
         following = take_ticket(arguments)

@@ -16,20 +16,24 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from chorus.kernels.native.numbers import INLINE, ask_for, prefetch
+from chorus.kernels.native.numbers import INLINE, ask_for, pointer, prefetch
 from chorus.kernels.native.vectors import (
     INT64,
     LANES,
     SUMS,
+    WORDS,
     at_most,
     dot,
+    exp2,
     float_in_every_lane,
     higher,
     highest_lane,
+    in_every_lane,
+    lanes_between,
     load,
     load_pairs,
     load_widened,
@@ -38,10 +42,13 @@ from chorus.kernels.native.vectors import (
     some_lanes,
     store,
     store_narrowed,
+    sum_of_lanes,
     sums_of_lanes,
+    transposed,
 )
 
 KEYS = 16
+_COLUMNS = 64  # of a packed weight that lie beside each other
 _QUERIES = 16 // LANES  # that share keys: with half as many sums a query, each key is read once for two
 _TOGETHER = 4  # queries that share values, at most
 _ASKED = 64 * KEYS  # bytes that `_score` asks for
@@ -85,7 +92,26 @@ def add_page(dim, sums, weights, values_at, stride, ahead_at):
 def write_rows(dim, out_at, sums, totals):
     """out [G, dim], bfloat16 = what `add_page` has summed, over totals [G]."""
     for g in range(len(sums)):
-        _write(dim, out_at + 2 * dim * g, sums[g].ctypes.data, np.float32(1) / totals[g])
+        write(dim, out_at + 2 * dim * g, sums[g].ctypes.data, np.float32(1) / totals[g])
+
+
+@numba.njit(**INLINE)
+def lay_keys(dim, into_at, keys_at, stride):
+    """A page of keys [16, dim] as 16 columns of a packed weight [dim / 2, 64, 2]; `dim` a multiple of 32."""
+    for low in range(0, dim // 2, KEYS):
+        _turn(into_at + 4 * _COLUMNS * low, keys_at + 4 * low, stride)
+
+
+@numba.njit(**INLINE)
+def lay_values(dim, into, values_at, stride):
+    """A page of values [16, dim] as 8 pairs of rows of a packed weight, into [panels, 8 or more, 64], a pair a word."""
+    for pair in range(KEYS // 2):
+        one = carray(pointer(values_at + 2 * pair * stride), (dim,), np.uint16)
+        other = carray(pointer(values_at + (2 * pair + 1) * stride), (dim,), np.uint16)
+        for panel in range(len(into)):
+            for d in range(min(_COLUMNS, dim - _COLUMNS * panel)):
+                low, high = one[_COLUMNS * panel + d], other[_COLUMNS * panel + d]
+                into[panel, pair, d] = np.int32(low) | np.int32(high) << np.int32(16)
 
 
 @numba.njit(**INLINE)
@@ -208,7 +234,7 @@ def _add(
 
 
 @intrinsic(prefer_literal=True)
-def _write(typing: Any, dim: Any, out_at: Any, sums_at: Any, factor: Any) -> Any:
+def write(typing: Any, dim: Any, out_at: Any, sums_at: Any, factor: Any) -> Any:
     """out [dim], bfloat16 = sums [dim], in the order of `load_widened`, times a factor."""
     size = dim.literal_value
 
@@ -220,6 +246,73 @@ def _write(typing: Any, dim: Any, out_at: Any, sums_at: Any, factor: Any) -> Any
         return context.get_dummy_value()
 
     return types.void(dim, types.int64, types.int64, types.float32), build
+
+
+@intrinsic
+def _turn(typing: Any, into_at: Any, rows_at: Any, stride: Any) -> Any:
+    """The first 16 columns of into [16, 64] = the transpose of rows [16, 16], words of 32 bits. `LANES` is 16."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        into_at, rows_at, stride = arguments
+        rows = [load(builder, builder.add(rows_at, builder.mul(stride, INT64(i))), WORDS, 4) for i in range(KEYS)]
+        for i, column in enumerate(transposed(builder, rows)):
+            store(builder, column, builder.add(into_at, INT64(4 * _COLUMNS * i)), 64)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), build
+
+
+@intrinsic(prefer_literal=True)
+def highest_seen(typing: Any, keys: Any, all_seen: Any, scores_at: Any, begin: Any, end: Any) -> Any:
+    """The highest of scores [keys], float32, of numbers `begin` and on, before `end`.
+
+    Constants are `keys`, a multiple of `LANES`, and `all_seen`: then begin and end do not matter.
+    """
+    size, every = keys.literal_value, all_seen.literal_value
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, _, scores_at, begin, end = arguments
+        found = nothing = ir.Constant(SUMS, [-math.inf] * LANES)
+        for first in range(0, size, LANES):
+            numbers = load(builder, builder.add(scores_at, INT64(4 * first)), SUMS, 64)
+            if not every:
+                numbers = builder.select(lanes_between(builder, first, begin, end), numbers, nothing)
+            found = higher(builder, numbers, found)
+        return highest_lane(builder, found)
+
+    return types.float32(keys, all_seen, types.int64, types.int64, types.int64), build
+
+
+@intrinsic(prefer_literal=True)
+def weigh_seen(
+    typing: Any,
+    keys: Any,
+    all_seen: Any,
+    weights_at: Any,
+    scores_at: Any,
+    scale: Any,
+    high: Any,
+    begin: Any,
+    end: Any,
+) -> Any:
+    """Weights [keys], bfloat16 = 2^(scale scores - high), 0 of those that are not seen, as above; returns their sum."""
+    size, every = keys.literal_value, all_seen.literal_value
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, _, weights_at, scores_at, scale, high, begin, end = arguments
+        total = nothing = ir.Constant(SUMS, [0.0] * LANES)
+        below, factor = in_every_lane(builder, builder.fneg(high)), in_every_lane(builder, scale)
+        for first in range(0, size, LANES):
+            numbers = load(builder, builder.add(scores_at, INT64(4 * first)), SUMS, 64)
+            weights = exp2(builder, multiply_add(builder, numbers, factor, below))
+            if not every:
+                weights = builder.select(lanes_between(builder, first, begin, end), weights, nothing)
+            store_narrowed(builder, [weights], builder.add(weights_at, INT64(2 * first)))
+            total = builder.fadd(total, weights)
+        return sum_of_lanes(builder, total)
+
+    floats, integers = [types.float32] * 2, [types.int64] * 2
+    return types.float32(keys, all_seen, *integers, *floats, *integers), build
 
 
 @intrinsic

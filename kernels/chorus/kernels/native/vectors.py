@@ -29,6 +29,10 @@ class _BFloat(ir.Type):  # type: ignore[misc]
         return hash(_BFloat)
 
 
+# 2^f for |f| <= 1/2: what f^4 down to 1 are multiplied by, so that the largest relative error is least.
+_EXP2 = (9.5632654e-3, 5.5917282e-2, 2.4024913e-1, 6.9312191e-1, 9.9999923e-1)
+
+
 @cache
 def cpu_has(feature: str) -> bool:
     """Whether numba compiles for a CPU that has what LLVM calls by this name."""
@@ -42,7 +46,7 @@ LANES = 16 if cpu_has("avx512f") else 8
 
 SUMS = ir.VectorType(ir.FloatType(), LANES)
 PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
-_WORDS, _SHORTS, _HALF = ir.VectorType(_INT32, LANES), ir.VectorType(_INT16, LANES), ir.VectorType(_BFloat(), LANES)
+WORDS, _SHORTS, _HALF = ir.VectorType(_INT32, LANES), ir.VectorType(_INT16, LANES), ir.VectorType(_BFloat(), LANES)
 
 
 def load(builder: Any, at: Any, kind: Any, align: int) -> Any:
@@ -70,7 +74,7 @@ def _load_half(builder: Any, at: Any) -> Any:
 
 def pair_in_every_lane(builder: Any, at: Any) -> Any:
     """The two numbers of bfloat16 at an address, `LANES` times."""
-    return builder.bitcast(_splat(builder, load(builder, at, _INT32, 2), _WORDS), PAIRS)
+    return builder.bitcast(_splat(builder, load(builder, at, _INT32, 2), WORDS), PAIRS)
 
 
 def float_in_every_lane(builder: Any, at: Any) -> Any:
@@ -88,12 +92,12 @@ def dot(builder: Any, sums: Any, x: Any, w: Any) -> Any:
 
 def lower(builder: Any, pairs: Any) -> Any:
     """Of each lane's two numbers of bfloat16 the first, as float32: its bits are the upper half of that."""
-    words = builder.bitcast(pairs, _WORDS)
+    words = builder.bitcast(pairs, WORDS)
     return builder.bitcast(builder.shl(words, _in_all_words(16)), SUMS)
 
 
 def upper(builder: Any, pairs: Any) -> Any:
-    words = builder.bitcast(pairs, _WORDS)
+    words = builder.bitcast(pairs, WORDS)
     return builder.bitcast(builder.and_(words, _in_all_words(0xFFFF0000)), SUMS)
 
 
@@ -130,7 +134,22 @@ def _halves(width: int) -> tuple[ir.Constant, ir.Constant]:
     """Of two vectors' lanes, in parts of twice the width, a part of one after a part of the other: the first halves of
     all, and the second halves."""
     firsts = [part + lane for at in range(0, LANES, 2 * width) for part in (at, LANES + at) for lane in range(width)]
-    return ir.Constant(_WORDS, firsts), ir.Constant(_WORDS, [lane + width for lane in firsts])
+    return ir.Constant(WORDS, firsts), ir.Constant(WORDS, [lane + width for lane in firsts])
+
+
+def transposed(builder: Any, rows: Sequence[Any]) -> list[Any]:
+    """Of `LANES` vectors of words their columns: blocks off the diagonal change places, half as wide each time."""
+    columns, width = list(rows), LANES // 2
+    while width:
+        lanes = range(LANES)
+        upper = ir.Constant(WORDS, [lane if not lane & width else LANES + lane - width for lane in lanes])
+        lower = ir.Constant(WORDS, [lane + width if not lane & width else LANES + lane for lane in lanes])
+        for i in (i for i in lanes if not i & width):
+            above, below = columns[i], columns[i + width]
+            columns[i] = builder.shuffle_vector(above, below, upper)
+            columns[i + width] = builder.shuffle_vector(above, below, lower)
+        width //= 2
+    return columns
 
 
 def some_lanes(builder: Any, vector: Any, first: int, count: int) -> Any:
@@ -147,13 +166,44 @@ def higher(builder: Any, x: Any, y: Any) -> Any:
 
 
 def highest_lane(builder: Any, vector: Any) -> Any:
-    kind = ir.FunctionType(ir.FloatType(), [SUMS])
-    return builder.call(_function(builder, kind, f"llvm.vector.reduce.fmax.v{LANES}f32"), [vector])
+    """Of numbers that are not NaN."""
+    width = LANES // 2
+    while width:  # LLVM's own way, `vector.reduce.fmax`, looks for NaN at each of these steps
+        across = ir.Constant(WORDS, [lane ^ width for lane in range(LANES)])
+        vector = higher(builder, vector, builder.shuffle_vector(vector, vector, across))
+        width //= 2
+    return builder.extract_element(vector, _INT32(0))
+
+
+def exp2(builder: Any, x: Any) -> Any:
+    """2^x of each lane, within 3e-6 of it; 0 of what is far below. With AVX512F."""
+    kind = ir.FunctionType(SUMS, [SUMS])
+    whole = builder.call(_function(builder, kind, f"llvm.rint.v{LANES}f32"), [x])
+    part = builder.fsub(x, whole)
+    power = ir.Constant(SUMS, [_EXP2[0]] * LANES)
+    for factor in _EXP2[1:]:
+        power = multiply_add(builder, power, part, ir.Constant(SUMS, [factor] * LANES))
+    all_lanes, rounding = ir.IntType(16), _INT32
+    kind = ir.FunctionType(SUMS, [SUMS, SUMS, SUMS, all_lanes, rounding])
+    scale = _function(builder, kind, "llvm.x86.avx512.mask.scalef.ps.512")
+    return builder.call(scale, [power, whole, power, all_lanes(-1), rounding(4)])
+
+
+def lanes_between(builder: Any, first: int, begin: Any, end: Any) -> Any:
+    """Of lanes that are numbers `first` and on, which are from `begin` on, int64, and before `end`."""
+    numbers = ir.Constant(WORDS, list(range(first, first + LANES)))
+    begin, end = (_splat(builder, builder.trunc(number, _INT32), WORDS) for number in (begin, end))
+    from_begin = builder.icmp_signed(">=", numbers, begin)
+    return builder.and_(from_begin, builder.icmp_signed("<", numbers, end))
+
+
+def in_every_lane(builder: Any, number: Any) -> Any:
+    return _splat(builder, number, SUMS)
 
 
 def scaled(builder: Any, sums: Any, factor: Any) -> Any:
     """All lanes times a float32."""
-    return builder.fmul(sums, _splat(builder, factor, SUMS))
+    return builder.fmul(sums, in_every_lane(builder, factor))
 
 
 def load_widened(builder: Any, at: Any, count: int) -> list[Any]:
@@ -164,7 +214,7 @@ def load_widened(builder: Any, at: Any, count: int) -> list[Any]:
         lanes = [load(builder, builder.add(at, INT64(32 * i)), PAIRS, 2) for i in range(count // 16)]
         return [half(builder, pairs) for pairs in lanes for half in (lower, upper)]
     each = [load(builder, builder.add(at, INT64(2 * LANES * i)), _SHORTS, 2) for i in range(count // LANES)]
-    words = [builder.shl(builder.zext(shorts, _WORDS), _in_all_words(16)) for shorts in each]
+    words = [builder.shl(builder.zext(shorts, WORDS), _in_all_words(16)) for shorts in each]
     return [builder.bitcast(word, SUMS) for word in words]
 
 
@@ -187,7 +237,7 @@ def store_narrowed(builder: Any, numbers: Sequence[Any], at: Any) -> None:
 
 def _rounded(builder: Any, numbers: Any) -> Any:
     """Words whose upper halves are the numbers in bfloat16."""
-    words = builder.bitcast(numbers, _WORDS)
+    words = builder.bitcast(numbers, WORDS)
     odd = builder.and_(builder.lshr(words, _in_all_words(16)), _in_all_words(1))
     up = builder.add(builder.add(words, odd), _in_all_words(0x7FFF))
     return builder.select(builder.fcmp_unordered("uno", numbers, numbers), _in_all_words(QUIET_NAN << 16), up)
@@ -201,11 +251,11 @@ def at_most(builder: Any, number: int, last: Any) -> Any:
 def _splat(builder: Any, value: Any, kind: Any) -> Any:
     anything = ir.Constant(kind, ir.Undefined)
     first = builder.insert_element(anything, value, _INT32(0))
-    return builder.shuffle_vector(first, anything, ir.Constant(_WORDS, [0] * LANES))
+    return builder.shuffle_vector(first, anything, ir.Constant(WORDS, [0] * LANES))
 
 
 def _in_all_words(number: int) -> ir.Constant:
-    return ir.Constant(_WORDS, [number] * LANES)
+    return ir.Constant(WORDS, [number] * LANES)
 
 
 def _function(builder: Any, kind: Any, name: str) -> Any:

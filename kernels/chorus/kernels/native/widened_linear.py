@@ -24,9 +24,8 @@ from torch import Tensor
 
 from chorus.kernels.native.dot_tile import PANEL
 from chorus.kernels.native.fma_tile import COLUMNS, ROWS, fma_tile
-from chorus.kernels.native.numbers import OPTIONS, add_numbers, narrow, pointer, take_ticket, wide
+from chorus.kernels.native.numbers import OPTIONS, add_numbers, lines, narrow, pointer, take_ticket, wide
 from chorus.kernels.native.team import EDITION, Compiled
-from chorus.kernels.native.vectors import LANES
 
 MOST_ROWS = 8 * ROWS
 BLOCK = 64  # 16 KiB of weights
@@ -79,9 +78,7 @@ def _kernel() -> Compiled:
         a = carray(arguments, (15,))
         items, panels, y_at, y_stride, n, x_at, x_stride, k = a[2], a[3], a[4], a[5], a[6], a[7], a[8], a[9]
         all_rows, weights_at, bias_at, residual_at, residual_stride = a[10], a[11], a[12], a[13], a[14]
-        memory = np.empty(MOST_ROWS * PANEL + LANES, np.float32)
-        aligned = -(memory.ctypes.data // 4) % LANES
-        sums = memory[aligned : aligned + MOST_ROWS * PANEL].reshape((MOST_ROWS, PANEL))
+        sums = lines(MOST_ROWS * PANEL).reshape((MOST_ROWS, PANEL))
         xs = np.empty((ROWS, 2 * BLOCK), np.float32)
         size = _PAIR * ((k + 1) // 2)
         following = take_ticket(arguments)
