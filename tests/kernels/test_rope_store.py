@@ -11,7 +11,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb as qwen_rotate
 
 from chorus.kernels import Norm, RopePlan, qk_norm_rope_store, reference
-from support.rope_store import EPS, angles, check
+from support.rope_store import EPS, angles, check, turn
 from support.rows import DTYPES, check_close, noise
 
 Cache = tuple[torch.Tensor, torch.Tensor]
@@ -24,7 +24,7 @@ def caches(kv_heads: int, dim: int, dtype: torch.dtype = torch.float32) -> Cache
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 9), heads=st.sampled_from([(1, 1), (4, 1), (6, 2)]),
-    sizes=st.sampled_from([(16, 16), (16, 8), (24, 24), (80, 32)]), dtype=st.sampled_from(DTYPES),
+    sizes=st.sampled_from([(16, 16), (16, 8), (24, 24), (32, 32), (64, 64), (80, 32)]), dtype=st.sampled_from(DTYPES),
     kind=st.sampled_from([None, "rms", "rms_plus_one"]), interleaved=st.booleans(), strided=st.booleans(),
     seed=st.integers(0, 99),
 )  # fmt: skip
@@ -80,16 +80,41 @@ def test_the_specification_is_exact_in_float64() -> None:
     torch.testing.assert_close(k_cache[0, 0, :3], expected[:, 2], rtol=1e-12, atol=1e-12)
 
 
-def test_a_key_that_is_not_finite_is_stored_as_zero() -> None:
-    qkv = torch.ones(2, 3, 4)
-    qkv[0, 1, 2] = float("inf")
-    qkv[1, 1, 0] = 2e30
-    k_cache, v_cache = caches(1, 4)
-    plan = RopePlan(torch.ones(2, 2), torch.zeros(2, 2), torch.tensor([0, 9]))
+@pytest.mark.parametrize(("dim", "dtype"), [(4, torch.float32), (32, torch.bfloat16)], ids=str)
+def test_a_key_that_is_not_finite_is_stored_as_zero(dim: int, dtype: torch.dtype) -> None:
+    qkv = torch.ones(2, 3, dim, dtype=dtype)
+    qkv[0, 1, dim // 2] = float("inf")
+    qkv[1, 1, 0] = -2e30
+    k_cache, v_cache = caches(1, dim, dtype)
+    plan = RopePlan(torch.ones(2, dim // 2), torch.zeros(2, dim // 2), torch.tensor([0, 9]))
     qk_norm_rope_store(qkv, k_cache, v_cache, plan)
     # inf * 0 makes a NaN of its partner
-    assert k_cache[0, 0, 0].tolist() == [0, 1, 0, 1]
-    assert k_cache[1, 0, 1].tolist() == [0, 1, 1, 1]
+    assert (k_cache[0, 0, 0] == 0).nonzero().flatten().tolist() == [0, dim // 2]
+    assert (k_cache[1, 0, 1] == 0).nonzero().flatten().tolist() == [0]
+    assert v_cache[0, 0, 0].tolist() == [1] * dim
+
+
+def test_angles_in_float32_turn_heads_in_bfloat16() -> None:
+    """As where a base has two sets of frequencies; whole heads, which are turned in registers."""
+    qkv, (cos, sin) = noise(0, 50, 4, 64).bfloat16(), (t.float() for t in angles(50, 64, 2))
+    k_cache, v_cache = torch.zeros(7, 1, 8, 64).bfloat16(), torch.zeros(7, 1, 8, 64).bfloat16()
+    got = qk_norm_rope_store(qkv, k_cache, v_cache, RopePlan(cos, sin, torch.arange(50)))
+    exact = turn(qkv.double(), cos.double(), sin.double(), interleaved=False)
+    check_close(got, exact[:, :2], torch.bfloat16)
+    check_close(k_cache.transpose(1, 2).flatten(0, 1)[:50], exact[:, 2:3], torch.bfloat16)
+
+
+@pytest.mark.parametrize("largest", [1e30, float(torch.tensor(1e30, dtype=torch.float64).bfloat16())])
+def test_the_largest_key_that_is_kept_is_the_specifications(largest: float) -> None:
+    """Around the limit number by number, turned by nothing: in registers it is compared by its bits."""
+    bits = torch.tensor([largest]).bfloat16().view(torch.int16)
+    qkv = (bits + torch.arange(-3, 4, dtype=torch.int16)).view(torch.bfloat16)[:, None, None].expand(7, 3, 32)
+    pages = [torch.zeros(2, 2, 1, 8, 32).bfloat16() for _ in range(2)]
+    ones, zeros, slots = torch.ones(7, 16), torch.zeros(7, 16), torch.arange(7)
+    qk_norm_rope_store(qkv.contiguous(), pages[0][0], pages[0][1], RopePlan(ones, zeros, slots))
+    reference.qk_norm_rope_store(qkv, pages[1][0], pages[1][1], ones, zeros, slots)
+    assert 0 < int((pages[1][0] == 0).sum()) < pages[1][0].numel()
+    assert torch.equal(*pages)
 
 
 def test_no_rows_are_no_work() -> None:

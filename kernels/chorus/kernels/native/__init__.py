@@ -13,6 +13,7 @@
     low_rank.py          many adapters' deltas for segments of few rows
     rank_tiles.py        its innermost loops
     rope_store.py        queries and keys normed and rotated, keys and values stored
+    head_tile.py         a head rotated, in registers
     residual_norm.py     sums and their norms
     packed_gate.py       two of them and act(gate) * up
     gated_mul.py         act(gate) * up, where that has to be done apart

@@ -28,7 +28,16 @@ logger = logging.getLogger(__name__)
 Kernel = Callable[[Any], None]
 
 _SHARED = (
-    *("numbers.py", "vectors.py", "amx_tile.py", "dot_tile.py", "fma_tile.py", "page_tiles.py", "rank_tiles.py"),
+    *(
+        "numbers.py",
+        "vectors.py",
+        "amx_tile.py",
+        "dot_tile.py",
+        "fma_tile.py",
+        "head_tile.py",
+        "page_tiles.py",
+        "rank_tiles.py",
+    ),
     *("gate.py", "packed_linear.py", "../types.py"),
 )
 EDITION = int.from_bytes(

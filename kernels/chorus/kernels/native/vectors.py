@@ -46,7 +46,7 @@ LANES = 16 if cpu_has("avx512f") else 8
 
 SUMS = ir.VectorType(ir.FloatType(), LANES)
 PAIRS = ir.VectorType(_BFloat(), 2 * LANES)
-WORDS, _SHORTS, _HALF = ir.VectorType(_INT32, LANES), ir.VectorType(_INT16, LANES), ir.VectorType(_BFloat(), LANES)
+WORDS, SHORTS, _HALF = ir.VectorType(_INT32, LANES), ir.VectorType(_INT16, LANES), ir.VectorType(_BFloat(), LANES)
 
 
 def load(builder: Any, at: Any, kind: Any, align: int) -> Any:
@@ -66,8 +66,8 @@ def load_pairs(builder: Any, at: Any, count: int) -> list[Any]:
 
 def _load_half(builder: Any, at: Any) -> Any:
     """`LANES` numbers, and as many zeros."""
-    numbers = load(builder, at, _SHORTS, 2)
-    zeros = ir.Constant(_SHORTS, [0] * LANES)
+    numbers = load(builder, at, SHORTS, 2)
+    zeros = ir.Constant(SHORTS, [0] * LANES)
     lanes = ir.Constant(ir.VectorType(_INT32, 2 * LANES), list(range(2 * LANES)))
     return builder.bitcast(builder.shuffle_vector(numbers, zeros, lanes), PAIRS)
 
@@ -213,7 +213,7 @@ def load_widened(builder: Any, at: Any, count: int) -> list[Any]:
     if LANES == 8:
         lanes = [load(builder, builder.add(at, INT64(32 * i)), PAIRS, 2) for i in range(count // 16)]
         return [half(builder, pairs) for pairs in lanes for half in (lower, upper)]
-    each = [load(builder, builder.add(at, INT64(2 * LANES * i)), _SHORTS, 2) for i in range(count // LANES)]
+    each = [load(builder, builder.add(at, INT64(2 * LANES * i)), SHORTS, 2) for i in range(count // LANES)]
     words = [builder.shl(builder.zext(shorts, WORDS), _in_all_words(16)) for shorts in each]
     return [builder.bitcast(word, SUMS) for word in words]
 
@@ -227,12 +227,23 @@ def store_narrowed(builder: Any, numbers: Sequence[Any], at: Any) -> None:
             store(builder, words, builder.add(at, INT64(16 * i)), 2)
         return
     for i, number in enumerate(numbers):
-        if cpu_has("avx512bf16"):
-            kind = ir.FunctionType(_HALF, [SUMS])
-            shorts = builder.call(_function(builder, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512"), [number])
-        else:
-            shorts = builder.trunc(builder.lshr(_rounded(builder, number), _in_all_words(16)), _SHORTS)
-        store(builder, shorts, builder.add(at, INT64(2 * LANES * i)), 2)
+        store(builder, narrowed(builder, number), builder.add(at, INT64(2 * LANES * i)), 2)
+
+
+def narrowed(builder: Any, numbers: Any) -> Any:
+    """`LANES` numbers rounded to bfloat16, to nearest even, their bits; NaN stays NaN."""
+    if cpu_has("avx512bf16"):
+        kind = ir.FunctionType(_HALF, [SUMS])
+        half = builder.call(_function(builder, kind, "llvm.x86.avx512bf16.cvtneps2bf16.512"), [numbers])
+        return builder.bitcast(half, SHORTS)
+    return builder.trunc(builder.lshr(_rounded(builder, numbers), _in_all_words(16)), SHORTS)
+
+
+def sound(builder: Any, shorts: Any, largest: int) -> Any:
+    """Bits of bfloat16, 0 in the place of NaN and of what is further from 0 than `largest`, the bits of a number."""
+    size = builder.and_(shorts, ir.Constant(SHORTS, [0x7FFF] * LANES))
+    keeps = builder.icmp_signed("<=", size, ir.Constant(SHORTS, [largest] * LANES))
+    return builder.select(keeps, shorts, ir.Constant(SHORTS, [0] * LANES))
 
 
 def _rounded(builder: Any, numbers: Any) -> Any:
