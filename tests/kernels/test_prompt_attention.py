@@ -50,7 +50,10 @@ def test_chunks_in_tiles_stay_within_the_bound(
     options: dict[str, Any] = {"scale": dim**-0.5, "window": window, "soft_cap": cap}
     got = attended(query, k_cache, v_cache, rows, **options)
     exact = reference.paged_attention(query.double(), k_cache.double(), v_cache.double(), rows, **options)
-    check(got, exact, BF16)
+    seen = torch.tensor([min(token.context, window or token.context) for row in rows for token in row.each_token()])
+    for some in (seen < 8, seen >= 8):  # what few keys give is larger, and so is its last rounding
+        if some.any():
+            check(got[some], exact[some], BF16)
 
 
 @pytest.mark.parametrize("size", [0.01, 300.0])

@@ -20,7 +20,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from chorus.kernels.native.numbers import INLINE, ask_for, pointer, prefetch
+from chorus.kernels.native.numbers import INLINE, ask_for, exp, pointer, prefetch
 from chorus.kernels.native.vectors import (
     INT64,
     LANES,
@@ -48,6 +48,7 @@ from chorus.kernels.native.vectors import (
 )
 
 KEYS = 16
+LOG2_E = math.log2(math.e)
 _COLUMNS = 64  # of a packed weight that lie beside each other
 _QUERIES = 16 // LANES  # that share keys: with half as many sums a query, each key is read once for two
 _TOGETHER = 4  # queries that share values, at most
@@ -112,6 +113,19 @@ def lay_values(dim, into, values_at, stride):
             for d in range(min(_COLUMNS, dim - _COLUMNS * panel)):
                 low, high = one[_COLUMNS * panel + d], other[_COLUMNS * panel + d]
                 into[panel, pair, d] = np.int32(low) | np.int32(high) << np.int32(16)
+
+
+@numba.njit(**INLINE)
+def powers(numbers, highest):
+    """e^(numbers - highest), float32, in place; returns their sum. There is room for a vector past the last."""
+    if LANES == 16:
+        total = _powers(numbers.ctypes.data, len(numbers), -highest * np.float32(LOG2_E))
+    else:
+        total = np.float32(0)
+        for j in range(len(numbers)):
+            numbers[j] = exp(numbers[j] - highest)
+            total += numbers[j]
+    return total
 
 
 @numba.njit(**INLINE)
@@ -307,12 +321,35 @@ def weigh_seen(
             weights = exp2(builder, multiply_add(builder, numbers, factor, below))
             if not every:
                 weights = builder.select(lanes_between(builder, first, begin, end), weights, nothing)
-            store_narrowed(builder, [weights], builder.add(weights_at, INT64(2 * first)))
-            total = builder.fadd(total, weights)
+            place = builder.add(weights_at, INT64(2 * first))
+            store_narrowed(builder, [weights], place)
+            total = builder.fadd(total, load_widened(builder, place, LANES)[0])
         return sum_of_lanes(builder, total)
 
     floats, integers = [types.float32] * 2, [types.int64] * 2
     return types.float32(keys, all_seen, *integers, *floats, *integers), build
+
+
+@intrinsic
+def _powers(typing: Any, at: Any, count: Any, added: Any) -> Any:
+    """2^(log2 e numbers + `added`) of so many float32, in place, and 0 up to the next whole vector; their sum."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at, count, added = arguments
+        nothing = ir.Constant(SUMS, [0.0] * LANES)
+        total = cgutils.alloca_once_value(builder, nothing)
+        below, factor = in_every_lane(builder, added), ir.Constant(SUMS, [LOG2_E] * LANES)
+        with cgutils.for_range(builder, builder.udiv(builder.add(count, INT64(LANES - 1)), INT64(LANES))) as loop:
+            first = builder.mul(INT64(LANES), loop.index)
+            place = builder.add(at, builder.mul(INT64(4), first))
+            each = exp2(builder, multiply_add(builder, load(builder, place, SUMS, 4), factor, below))
+            is_one = lanes_between(builder, 0, INT64(0), builder.sub(count, first))
+            each = builder.select(is_one, each, nothing)
+            store(builder, each, place, 4)
+            builder.store(builder.fadd(builder.load(total), each), total)
+        return sum_of_lanes(builder, builder.load(total))
+
+    return types.float32(types.int64, types.int64, types.float32), build
 
 
 @intrinsic

@@ -13,7 +13,6 @@ in a sum over lanes. Here both products run at the rate of a linear's, and of a 
 # numba compiles what it sees, whatever the types say.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-import math
 from array import array
 from collections.abc import Sequence
 from functools import cache
@@ -27,7 +26,7 @@ from torch import Tensor
 from chorus.kernels.native.amx_tile import cpu_has_tiles
 from chorus.kernels.native.dot_tile import COLUMNS, PANEL, ROWS, tile, tile_anew
 from chorus.kernels.native.numbers import INLINE, exp, float_of, lines, pointer, take_ticket
-from chorus.kernels.native.page_tiles import KEYS, fetch, highest_seen, lay_keys, lay_values, weigh_seen, write
+from chorus.kernels.native.page_tiles import KEYS, LOG2_E, fetch, highest_seen, lay_keys, lay_values, weigh_seen, write
 from chorus.kernels.native.team import EDITION, Compiled
 from chorus.kernels.native.vectors import cpu_has
 from chorus.kernels.types import AttentionRow
@@ -36,7 +35,6 @@ _QUERIES = 256
 """Of an item at most: its sums stay in the second level of the cache, and keys are laid once for all of them."""
 _NUMBERS = 5  # of an item in the table
 _LEAST_QUERIES, _LEAST_TOKENS = 8, 4
-LOG2_E = math.log2(math.e)
 _SHORT = 1 << 14  # tokens times keys times key heads: 0.2 ms
 
 
