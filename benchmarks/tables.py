@@ -16,8 +16,10 @@ from typing import Any
 from common import RESULTS
 
 README = RESULTS.parents[1] / "README.md"
-# Kinds of machines, each with tables of its own: GPUs, then CPUs by what they multiply bfloat16 with.
-KINDS = ("cuda", "amx", "vectors", "float32")
+# Kinds of machines, each with tables of its own: GPUs, then CPUs by what they multiply bfloat16 with. A core of Zen 5
+# begins two products of vectors a cycle, others one.
+KINDS = ("cuda", "amx", "two vectors", "vectors", "float32")
+ZEN_5 = " family 26 "
 # A workload's name in a row, in the table, and who else does it, besides vLLM.
 WORKLOADS = (
     ("base", "base", "transformers"),
@@ -42,7 +44,9 @@ def kind_of(row: Row) -> str:
         return "cuda"
     if row.get("peer_dtype") == "float32":
         return "float32"
-    return "amx" if "amx_bf16" in row["cpu"] else "vectors"
+    if "amx_bf16" in row["cpu"]:
+        return "amx"
+    return "two vectors" if ZEN_5 in row["cpu"] else "vectors"
 
 
 def engine_tables(rows: list[Row]) -> str:

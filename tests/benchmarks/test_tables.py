@@ -112,6 +112,13 @@ def test_a_cpu_with_amx_has_a_table_of_its_own_and_the_first() -> None:
     assert drawn == f"{tables.engine_tables([with_tiles])}\n\n{tables.engine_tables([plain])}"
 
 
+def test_zen_5_has_a_table_of_its_own() -> None:
+    """It multiplies twice as fast as Zen 4, so one's row would say nothing of the other."""
+    four, five = engine_row(100.0), engine_row(200.0, cpu="Some CPU family 26 avx512_bf16")
+    drawn = tables.engine_tables([five, four])
+    assert drawn == f"{tables.engine_tables([five])}\n\n{tables.engine_tables([four])}"
+
+
 def test_the_operators_table_has_the_newest_row_of_each_operator() -> None:
     old = kernel_row(low_rank=timed(chorus=0.5), paged_attention={"128": timed(chorus=0.002, SDPA=0.003)})
     lines = tables.kernel_tables([old, kernel_row(low_rank=timed(chorus=0.01, loop=0.05))]).splitlines()
