@@ -176,6 +176,16 @@ def test_chunks_are_computed_as_decodes_where_that_is_faster() -> None:
     assert few_keys(query.bfloat16(), cache.bfloat16(), capped=True) == FEW_KEYS
 
 
+def test_heads_whose_numbers_lie_apart_and_caches_that_differ_are_refused() -> None:
+    query, k_cache, v_cache, rows = batch([(20, 0), (1, 3)], (4, 2), 64, BF16, 2)
+    plan = AttentionPlan(rows, 16, CPU)
+    apart = query.transpose(1, 2).contiguous().transpose(1, 2)
+    view = v_cache.transpose(1, 2).contiguous().transpose(1, 2)
+    for asked, values in [(apart, v_cache), (query, view)]:
+        with pytest.raises(ValueError, match="side by side and equal strides"):
+            paged_attention(asked, k_cache, values, plan, scale=0.1)
+
+
 def test_a_chunk_is_as_long_as_the_keys_that_it_sees() -> None:
     rows = [AttentionRow(0, 8, 40, list(range(10)))]
     assert AttentionPlan(rows, BLOCK, CPU).on_cpu(8 * 40, None).prefills == []
@@ -184,7 +194,8 @@ def test_a_chunk_is_as_long_as_the_keys_that_it_sees() -> None:
     assert AttentionPlan(rows, BLOCK, CPU).on_cpu(8 * 39, 41).prefills == rows
 
 
-def test_a_long_prompts_attention_lets_other_threads_have_the_interpreter() -> None:
+@pytest.mark.parametrize("tiled", [None, 4] if cpu_has("avx512bf16") else [None])
+def test_a_long_prompts_attention_lets_other_threads_have_the_interpreter(tiled: int | None) -> None:
     query, k_cache, v_cache, rows = batch([(1400, 0)], (4, 2), 64, BF16, 3)
     plan, ticks, ended = AttentionPlan(rows, 16, CPU), [time.monotonic()], threading.Event()
 
@@ -193,7 +204,7 @@ def test_a_long_prompts_attention_lets_other_threads_have_the_interpreter() -> N
             ticks.append(time.monotonic())
 
     ticker = threading.Thread(target=tick)
-    with patch(FEW_KEYS_OF, return_value=sys.maxsize):
+    with patch(FEW_KEYS_OF, return_value=sys.maxsize), patch(TILED_FROM, return_value=tiled):
         paged_attention(query, k_cache, v_cache, plan, scale=0.1)  # compiled
         ticker.start()
         began = time.monotonic()

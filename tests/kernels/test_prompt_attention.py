@@ -22,9 +22,9 @@ def attended(
     query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, rows: list[AttentionRow], **options: Any
 ) -> torch.Tensor:
     """With chunks of two tokens and more in tiles, on any CPU that can."""
-    causal = options.pop("causal", True)
+    causal, tiled = options.pop("causal", True), options.pop("tiled", 2)
     plan = AttentionPlan(rows, PAGE, CPU, causal=causal)
-    with patch("chorus.kernels.native.prompt_attention.tiled_from", return_value=2):
+    with patch("chorus.kernels.native.prompt_attention.tiled_from", return_value=tiled):
         return paged_attention(query, k_cache, v_cache, plan, **options)
 
 
@@ -67,6 +67,30 @@ def test_scores_of_any_size_are_weighed(size: float) -> None:
     check(got, exact, BF16)
 
 
+@pytest.mark.parametrize("tiled", [None, 2])
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_the_highest_score_may_be_huge(tiled: int | None, cap: float | None) -> None:
+    """Where a rounding of it is larger than any other score: the key that has it still has all the weight."""
+    query, k_cache, v_cache, rows = batch([(20, 30)], (4, 2), 64, BF16, 9)
+    key = rows[0].blocks[0], slice(None), 3
+    query[:], k_cache[key] = query.abs(), 1e12
+    got = attended(query, k_cache, v_cache, rows, scale=0.125, soft_cap=cap, tiled=tiled)
+    value = v_cache[key].repeat_interleave(2, dim=0)
+    if cap is None:
+        assert torch.equal(got, value.expand(20, 4, 64))
+    exact = reference.paged_attention(
+        query.double(), k_cache.double(), v_cache.double(), rows, scale=0.125, soft_cap=cap
+    )
+    check(got, exact, BF16)
+
+
+def test_more_query_heads_than_an_item_holds_share_a_key_head() -> None:
+    query, k_cache, v_cache, rows = batch([(5, 30), (3, 0)], (260, 1), 32, BF16, 10)
+    got = attended(query, k_cache, v_cache, rows, scale=0.2)
+    exact = reference.paged_attention(query.double(), k_cache.double(), v_cache.double(), rows, scale=0.2)
+    check(got, exact, BF16)
+
+
 def test_a_chunk_of_another_sequences_keys_sees_all_of_them() -> None:
     query, k_cache, v_cache, rows = batch([(20, 0), (70, 0)], (4, 2), 64, BF16, 5)
     others = [AttentionRow(0, 20, 65, rows[1].blocks), AttentionRow(20, 90, 7, rows[0].blocks)]
@@ -77,15 +101,16 @@ def test_a_chunk_of_another_sequences_keys_sees_all_of_them() -> None:
     check(got, exact, BF16)
 
 
-def test_nothing_of_others_is_seen() -> None:
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_nothing_of_others_is_seen(cap: float | None) -> None:
     """Neither what a page's last owner left past the context nor what is no number in a query, or in a head of it."""
     query, k_cache, v_cache, rows = batch([(21, 6), (9, 0), (40, 60)], (4, 2), 64, BF16, 6)
-    clean = attended(query, k_cache, v_cache, rows, scale=0.1)
+    clean = attended(query, k_cache, v_cache, rows, scale=0.1, soft_cap=cap)
     for row in rows:
         page, first = row.blocks[row.context // PAGE], row.context % PAGE
         k_cache[page, :, first:] = v_cache[page, :, first:] = reference.KV_LIMIT
     query[3] = query[40, 2] = torch.nan
-    got = attended(query, k_cache, v_cache, rows, scale=0.1)
+    got = attended(query, k_cache, v_cache, rows, scale=0.1, soft_cap=cap)
     bad = got.isnan().any(-1)
     assert bad.nonzero().tolist() == [[3, 0], [3, 1], [3, 2], [3, 3], [40, 2]]
     assert torch.equal(got[~bad], clean[~bad])

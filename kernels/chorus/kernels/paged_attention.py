@@ -1,8 +1,9 @@
 """`store_kv` and `paged_attention`: a packed batch of decodes and prefill chunks over a paged KV cache.
 
-On CPU all decodes are one call of a kernel (`native.decode_attention`). All chunks are one of another
-(`native.prompt_attention`) where it runs; else short ones are computed as decodes, and a long one is a call of its own:
-one gather of its pages and one SDPA, in pieces where there is a soft cap or a bias (`dense_attention`).
+On CPU all decodes are one call of a kernel (`native.decode_attention`), and chunks one of another where it runs
+(`native.prompt_attention`), but for those of a few tokens. Other chunks are computed as decodes if they are short, and
+a long one is a call of its own: one gather of its pages and one SDPA, in pieces where there is a soft cap or a bias
+(`dense_attention`).
 
 On CUDA the Triton kernels run (`triton_attention`), decodes and chunks in two launches, over tables that the plan
 (`attention_plan`) builds.
@@ -82,6 +83,11 @@ def paged_attention(
             soft_cap=soft_cap,
             bias=bias,
             causal=plan.causal,
+        )
+    if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1 or query.stride(2) != 1:
+        raise ValueError(
+            "query, k_cache, v_cache: want heads' numbers side by side and equal strides of the caches, "
+            f"got {query.stride()}, {k_cache.stride()} and {v_cache.stride()}"
         )
     from chorus.kernels.native.decode_attention import decode_attention, few_keys
     from chorus.kernels.native.prompt_attention import prompt_attention, tiled_from

@@ -82,16 +82,9 @@ def decode_attention(
     """Writes the rows' attention to `out`, [T, H, D], contiguous; the other rows of the batch are left alone.
 
     query [T, H, D]; caches [blocks, H_kv, B, D] of query's dtype, one of `HELD_AS`; bias [H, 2 m + 1], float32. That
-    the rows' pages lie in the cache is the caller's to check: the kernel reads where they say.
-
-    Raises:
-        ValueError: the caches are strided differently, or a head's numbers lie apart.
+    the rows' pages lie in the cache is the caller's to check: the kernel reads where they say. Heads' numbers lie side
+    by side, and the caches' strides are equal.
     """
-    if k_cache.stride() != v_cache.stride() or k_cache.stride(3) != 1 or query.stride(2) != 1:
-        raise ValueError(
-            "query, k_cache, v_cache: want heads' numbers side by side and equal strides of the caches, "
-            f"got {query.stride()}, {k_cache.stride()} and {v_cache.stride()}"
-        )
     heads, dim = query.shape[1:]
     kv_heads, block_size = k_cache.shape[1:3]
     kernel = _kernel(HELD_AS[query.dtype], dim, block_size)

@@ -119,7 +119,7 @@ def lay_values(dim, into, values_at, stride):
 def powers(numbers, highest):
     """e^(numbers - highest), float32, in place; returns their sum. There is room for a vector past the last."""
     if LANES == 16:
-        total = _powers(numbers.ctypes.data, len(numbers), -highest * np.float32(LOG2_E))
+        total = _powers(numbers.ctypes.data, len(numbers), highest)
     else:
         total = np.float32(0)
         for j in range(len(numbers)):
@@ -309,16 +309,16 @@ def weigh_seen(
     begin: Any,
     end: Any,
 ) -> Any:
-    """Weights [keys], bfloat16 = 2^(scale scores - high), 0 of those that are not seen, as above; returns their sum."""
+    """Weights [keys], bfloat16 = 2^(scale (scores - high)), 0 of what is not seen, as above; returns their sum."""
     size, every = keys.literal_value, all_seen.literal_value
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, _, weights_at, scores_at, scale, high, begin, end = arguments
         total = nothing = ir.Constant(SUMS, [0.0] * LANES)
-        below, factor = in_every_lane(builder, builder.fneg(high)), in_every_lane(builder, scale)
+        top, factor = in_every_lane(builder, high), in_every_lane(builder, scale)
         for first in range(0, size, LANES):
             numbers = load(builder, builder.add(scores_at, INT64(4 * first)), SUMS, 64)
-            weights = exp2(builder, multiply_add(builder, numbers, factor, below))
+            weights = exp2(builder, builder.fmul(builder.fsub(numbers, top), factor))
             if not every:
                 weights = builder.select(lanes_between(builder, first, begin, end), weights, nothing)
             place = builder.add(weights_at, INT64(2 * first))
@@ -331,18 +331,21 @@ def weigh_seen(
 
 
 @intrinsic
-def _powers(typing: Any, at: Any, count: Any, added: Any) -> Any:
-    """2^(log2 e numbers + `added`) of so many float32, in place, and 0 up to the next whole vector; their sum."""
+def _powers(typing: Any, at: Any, count: Any, highest: Any) -> Any:
+    """e^(numbers - highest) of so many float32, in place, and 0 up to the next whole vector; their sum."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at, count, added = arguments
+        at, count, highest = arguments
         nothing = ir.Constant(SUMS, [0.0] * LANES)
         total = cgutils.alloca_once_value(builder, nothing)
-        below, factor = in_every_lane(builder, added), ir.Constant(SUMS, [LOG2_E] * LANES)
+        top, factor = in_every_lane(builder, highest), ir.Constant(SUMS, [LOG2_E] * LANES)
         with cgutils.for_range(builder, builder.udiv(builder.add(count, INT64(LANES - 1)), INT64(LANES))) as loop:
             first = builder.mul(INT64(LANES), loop.index)
             place = builder.add(at, builder.mul(INT64(4), first))
-            each = exp2(builder, multiply_add(builder, load(builder, place, SUMS, 4), factor, below))
+            below = builder.fsub(
+                load(builder, place, SUMS, 4), top
+            )  # first: of the highest one that is 0, and not nearly
+            each = exp2(builder, builder.fmul(below, factor))
             is_one = lanes_between(builder, 0, INT64(0), builder.sub(count, first))
             each = builder.select(is_one, each, nothing)
             store(builder, each, place, 4)

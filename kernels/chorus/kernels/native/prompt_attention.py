@@ -160,7 +160,7 @@ def _kernel(dim: int) -> Compiled:
                         weights_at = weights.ctypes.data + 2 * PANEL * (r - row)
                         high, total = _weigh(scores_at, weights_at, bottom, top, scale, cap, highs[r])
                         if high > highs[r]:
-                            fall = exp((highs[r] - high) / np.float32(LOG2_E))
+                            fall = exp((highs[r] - high) * (np.float32(1) if cap > 0 else scale))
                             highs[r], totals[r] = high, totals[r] * fall
                             _scale(sums.ctypes.data + 4 * PANEL * r, panels, PANEL * most, fall)
                         totals[r] += total
@@ -190,7 +190,7 @@ def _begin(position, window):
 @numba.njit(**INLINE)
 def _ends(own, window, low, seen):
     """Of 64 keys from number `low` on the first that a token sees and the one after its last; its own is the last."""
-    return own - window - low if window > 0 else 0, min(own, seen) - low
+    return max(own - window - low, 0) if window > 0 else 0, min(own, seen) - low
 
 
 @numba.njit(**INLINE)
@@ -217,8 +217,8 @@ def _lay(dim, keys, values, pages, low, k_at, v_at, head_at, page_stride, stride
 # Addresses, not arrays: who is handed an array is counted, for all threads to see, which costs as much as the weights.
 @numba.njit(**INLINE)
 def _weigh(scores_at, weights_at, bottom, top, scale, cap, highest):
-    """Of a query's scores of 64 keys, of which it sees numbers [bottom, top), the weights, powers of 2 over the highest
-    score so far; returns that one, with what it was before, and their sum."""
+    """Of a query's scores of 64 keys, of which it sees numbers [bottom, top), the weights under the highest score so
+    far; returns that one, `highest` being what it was before, and their sum."""
     factor = (np.float32(1) if cap > 0 else scale) * np.float32(LOG2_E)
     if cap > 0:
         scores = carray(pointer(scores_at), (PANEL,), np.float32)
@@ -226,10 +226,10 @@ def _weigh(scores_at, weights_at, bottom, top, scale, cap, highest):
             power = exp(scores[j] * (np.float32(2) * scale / cap))
             scores[j] = cap - np.float32(2) * cap / (power + np.float32(1))
     if bottom <= 0 and top >= PANEL:
-        high = max(highest, factor * highest_seen(PANEL, True, scores_at, bottom, top))
+        high = max(highest, highest_seen(PANEL, True, scores_at, bottom, top))
         total = weigh_seen(PANEL, True, weights_at, scores_at, factor, high, bottom, top)
     else:
-        high = max(highest, factor * highest_seen(PANEL, False, scores_at, bottom, top))
+        high = max(highest, highest_seen(PANEL, False, scores_at, bottom, top))
         total = weigh_seen(PANEL, False, weights_at, scores_at, factor, high, bottom, top)
     return high, total
 

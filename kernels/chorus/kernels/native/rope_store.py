@@ -90,11 +90,10 @@ def store_kv(key: Tensor, value: Tensor, caches: tuple[Tensor, Tensor], slots: T
 
 
 def prepare(dtype: torch.dtype, head_dim: int) -> None:
-    """Compiles now what the first call would wait for, but for norms and other rotations."""
+    """Compiles now what the first call would wait for."""
     if _fits_registers(dtype, head_dim):
         _kernel_in_registers(head_dim)
-    else:
-        _kernel(HELD_AS[dtype], head_dim)
+    _kernel(HELD_AS[dtype], head_dim)  # with norms, or another rotation
 
 
 def _fits_registers(dtype: torch.dtype, dim: int) -> bool:
@@ -173,12 +172,12 @@ def _kernel_in_registers(dim: int) -> Compiled:
         angle_row, wide_angles = a[22], a[23]
         slots = carray(pointer(slots_at), (rows,), np.int64)
         angles = np.empty((2, dim // 2), np.float32)
-        cos, sin = angles.ctypes.data, angles[1].ctypes.data
         while edition == a[1]:
             row = take_ticket(arguments)
             if row >= rows:
                 break
-            page = slots[row] // block
+            cos = angles.ctypes.data  # asked for here: an array is let go after its last use
+            sin, page = cos + 2 * dim, slots[row] // block
             first = size * (page * kv_heads * block + slots[row] - page * block)
             for head in range(kv_heads):
                 at = first + size * head * block

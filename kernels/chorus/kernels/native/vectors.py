@@ -176,8 +176,9 @@ def highest_lane(builder: Any, vector: Any) -> Any:
 
 
 def exp2(builder: Any, x: Any) -> Any:
-    """2^x of each lane, within 2e-7 of it; 0 of what is far below. With AVX512F."""
-    kind = ir.FunctionType(SUMS, [SUMS])
+    """2^x of each lane, within 2e-7 of it; 0 of what is far below, -inf too, and NaN of NaN. With AVX512F."""
+    kind, lowest = ir.FunctionType(SUMS, [SUMS]), ir.Constant(SUMS, [-200.0] * LANES)
+    x = builder.select(builder.fcmp_ordered("<", x, lowest), lowest, x)
     whole = builder.call(_function(builder, kind, f"llvm.rint.v{LANES}f32"), [x])
     part = builder.fsub(x, whole)
     power = ir.Constant(SUMS, [_EXP2[0]] * LANES)
