@@ -24,7 +24,8 @@ def caches(kv_heads: int, dim: int, dtype: torch.dtype = torch.float32) -> Cache
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 9), heads=st.sampled_from([(1, 1), (4, 1), (6, 2)]),
-    sizes=st.sampled_from([(16, 16), (16, 8), (24, 24), (32, 32), (64, 64), (80, 32), (256, 256)]), dtype=st.sampled_from(DTYPES),
+    sizes=st.sampled_from([(16, 16), (16, 8), (24, 24), (32, 32), (64, 64), (80, 32), (256, 256)]),
+    dtype=st.sampled_from(DTYPES),
     kind=st.sampled_from([None, "rms", "rms_plus_one"]), interleaved=st.booleans(), strided=st.booleans(),
     seed=st.integers(0, 99),
 )  # fmt: skip

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from chorus.errors import FailedPrecondition
 from chorus.models import attention
+from chorus.models.angles import look_up_angles
 from chorus.models.block import Block, use_blocks
 from chorus.models.checkpoint import base_folder, read_config, read_module
 from chorus.models.digest import base_digest
@@ -110,6 +111,7 @@ def load_base(
             _own_the_rest(module, adapted)
         last = use_blocks(module) if family.plain_block else None
         longrope = replace_longrope(module, config)
+        look_up_angles(module, config)
         facts = BaseFacts(
             name=name,
             digest=digest.result(),
