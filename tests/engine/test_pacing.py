@@ -16,8 +16,11 @@ class Line:
         self.pacer = Pacer(lambda steps: self.posted.append(list(steps)))
         self.now = 1000.0
 
-    def step(self, *events: Event, ran: bool = True, running: int = STREAMS, after: float = 0.001) -> None:
-        """One turn of the engine, `after` seconds after the one before."""
+    def step(
+        self, *events: Event, ran: bool = True, running: int = STREAMS, after: float = 0.001, prompts: bool = False
+    ) -> None:
+        """One turn of the engine, `after` seconds after the one before, all of which it computes."""
+        self.pacer.before_computing(prompts, self.now)
         self.now += after
         self.pacer.take(StepEvents(events, StepStats(running=running), ran=ran, at=self.now))
 
@@ -101,3 +104,36 @@ def test_nothing_is_held_when_no_step_may_follow(line: Line, ending: dict[str, i
 def test_the_pause_grows_with_the_streams_and_stays_short() -> None:
     assert pace(1) < 0.002
     assert pace(1) < pace(32) < pace(10_000) == LONGEST_S
+
+
+def test_what_waits_is_told_before_a_turn_that_takes_long_rather_than_late(line: Line) -> None:
+    """Once such turns have been seen: with prompts three quarters of the time between messages, without a tenth."""
+    due = pace(STREAMS)
+    for _ in range(40):
+        line.step(after=0.1 * due)
+        line.step(after=0.75 * due, prompts=True)
+    line.step(*everybody(6), after=due)
+    for token in range(7, 14):
+        line.step(*everybody(token), after=0.1 * due)
+    posted = len(line.posted)
+    line.step(*everybody(14), after=0.75 * due, prompts=True)  # 0.7 before, 1.45 after
+    assert len(line.posted) == posted + 1
+    assert line.told == [7, 8, 9, 10, 11, 12, 13]
+    line.step(*everybody(15), after=0.1 * due)
+    assert len(line.posted) == posted + 1
+    line.step(*everybody(16), after=due)
+    assert line.told == [14, 15, 16]
+
+
+@pytest.mark.parametrize(("held", "told"), [(0.5, [7, 8]), (0.7, [7])])
+def test_what_waits_is_told_when_it_is_nearer_to_its_time(line: Line, held: float, told: list[int]) -> None:
+    """A turn with prompts takes 0.8: held for half of its time it is nearer after that, for 0.7 of it before."""
+    due = pace(STREAMS)
+    for _ in range(40):
+        line.step(after=0.8 * due, prompts=True)
+    line.step(*everybody(6), after=due)
+    line.step(*everybody(7), after=held * due)
+    posted = len(line.posted)
+    line.step(*everybody(8), after=0.8 * due, prompts=True)
+    assert len(line.posted) == posted + 1
+    assert line.told == told

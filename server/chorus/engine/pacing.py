@@ -5,8 +5,12 @@ small machine it is the engine's cores that they take. So tokens in the middle o
 together would cost no more than SHARE of a core: alone, a stream gets every token as it comes; of 32 each gets a
 message every 20 ms or so. First tokens, ends, errors and all else go at once, and take along what their requests have
 waiting.
+
+What waits is told after the turn that ends nearest to its time, not after the first one past it: a turn in which
+somebody starts takes several times as long as others, and whoever decodes beside would notice.
 """
 
+import time
 from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
@@ -18,6 +22,8 @@ MESSAGE_S = 150e-6
 SHARE = 0.25
 # Readers should not notice.
 LONGEST_S = 0.1
+# Of what a turn is expected to take, the part that the last one of its kind makes up.
+_NEWEST = 0.125
 
 
 def pace(running: int) -> float:
@@ -32,18 +38,35 @@ class Pacer:
         self._post = post
         self._held: list[StepEvents] = []
         self._posted_at = 0.0
+        self._computing: tuple[float, bool] | None = None
+        self._expected = {False: 0.0, True: 0.0}  # seconds to compute without prompts, and with some
+
+    def before_computing(self, has_prompts: bool, now: float | None = None) -> None:
+        """The engine's: tells what waits if that is nearer to its time now than after what is computed next."""
+        now = time.monotonic() if now is None else now
+        self._computing = now, has_prompts
+        if self._held:
+            late = now - self._posted_at + self._expected[has_prompts] / 2
+            if late >= pace(self._held[-1].stats.running):
+                self._tell(now)
 
     def take(self, step: StepEvents) -> None:
         """The engine's `on_events`."""
+        if self._computing is not None:
+            (began, has_prompts), self._computing = self._computing, None
+            self._expected[has_prompts] += _NEWEST * (step.at - began - self._expected[has_prompts])
         self._held.append(step)
         # Where nothing runs, or nothing ran, there may be no next turn.
         if not step.ran or not step.stats.running or step.at - self._posted_at >= pace(step.stats.running):
-            held, self._held = self._held, []
-            self._posted_at = step.at
-            self._post(held)
+            self._tell(step.at)
         elif awaited := step.awaited:
             early = (self._early(turn, awaited) for turn in range(len(self._held)))
             self._post([part for part in early if part.events])
+
+    def _tell(self, now: float) -> None:
+        held, self._held = self._held, []
+        self._posted_at = now
+        self._post(held)
 
     def _early(self, turn: int, awaited: set[int | None]) -> Early:
         """Takes what is of those requests, and of none, out of a turn."""

@@ -113,11 +113,13 @@ def _build(config: ServerConfig, link: socket.socket) -> tuple[Any, Any]:
         except OSError:
             _end(0)
 
+    pacer = Pacer(post)
     facts = dataclasses.replace(base.facts, context_length=memory.context_length)
     engine = EngineThread(
         lambda wake: engine_of(base, memory, config, on_ready=wake),
-        Pacer(post).take,
+        pacer.take,
         lambda error: _die(link, error),
+        before_computing=pacer.before_computing,
         threads=config.threads,
     )
     return engine, Ready(facts, memory)

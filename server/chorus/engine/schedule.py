@@ -29,6 +29,11 @@ class Schedule(NamedTuple):
     started: tuple[Sequence, ...]
     expired: tuple[int, ...]
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether somebody starts in it, or goes on with a prompt."""
+        return bool(self.started) or (bool(self.chunks) and self.chunks[-1].count > 1)
+
     def slots(self) -> set[int]:
         """The adapters' slots that the step's sequences have while they run."""
         return {chunk.seq.slot for chunk in self.chunks} - {NO_SLOT}

@@ -30,14 +30,18 @@ class EngineThread:
         on_events: Callable[[StepEvents], None],
         on_death: Callable[[BaseException], None],
         *,
+        before_computing: Callable[[bool], None] = lambda has_prompts: None,
         threads: int | None = None,
     ) -> None:
         """`make_engine(wake)` builds the engine; it calls `wake` from any thread when there is something to do.
+
+        `before_computing` is called on the step thread in each turn that computes, told whether prompts are in it.
 
         `threads` is how many cores a step takes; as many as torch took by now if None.
         """
         self._inbox: queue.SimpleQueue[Command | _Wake] = queue.SimpleQueue()
         self._engine = make_engine(lambda: self._inbox.put(_Wake()))
+        self._engine.before_computing = before_computing
         self._on_events = on_events
         self._on_death = on_death
         self._stopping = threading.Event()
