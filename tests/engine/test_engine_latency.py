@@ -47,3 +47,13 @@ def test_a_deadline_that_the_prompt_can_not_meet_is_refused_at_once(base: Path) 
     [failed] = [event for event in engine.step([late]).events if isinstance(event, m.Failed)]
     assert (failed.request_id, failed.code) == (2, "DEADLINE_EXCEEDED")
     assert engine.scheduler.waiting == 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_before_a_turn_computes_somebody_hears_whether_prompts_are_in_it(base: Path, overlap: bool) -> None:
+    """A prompt takes three turns beside a stream. Nobody hears of turns without work, or where they overlap."""
+    engine, heard = make_engine(base, overlap=overlap), list[bool]()
+    engine.before_computing = heard.append
+    for commands in ([], [asking(1, tuple(PROMPT), 100)], [], [asking(2, LONG, 1)], [], [], [], [], [m.Abort(1)]):
+        engine.step(commands)
+    assert heard == ([] if overlap else [True, False, True, True, True, False, False])

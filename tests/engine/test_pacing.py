@@ -107,7 +107,7 @@ def test_the_pause_grows_with_the_streams_and_stays_short() -> None:
 
 
 def test_what_waits_is_told_before_a_turn_that_takes_long_rather_than_late(line: Line) -> None:
-    """Once such turns have been seen: with prompts three quarters of the time between messages, without a tenth."""
+    """Once such turns have been seen: with prompts they take three quarters of the time between messages."""
     due = pace(STREAMS)
     for _ in range(40):
         line.step(after=0.1 * due)

@@ -107,7 +107,7 @@ class Engine:
         )
         self._runner = Runner(base, pool, kv_blocks=memory.kv_blocks, block_size=memory.block_size, record=record)
         self.before_computing: Callable[[bool], None] = lambda has_prompts: None
-        """Called in a turn that computes something, before it does; what it returns does not matter."""
+        """Called in a turn that computes, before it does; not where steps overlap, and it would wait for another."""
         self._in_flight = int(overlap)  # steps that the end of a turn leaves to the device
         self._flights: deque[Flight] = deque()
         self._ended_at = 0.0
@@ -149,7 +149,8 @@ class Engine:
             schedule = self.scheduler.schedule(began)
         self._report_schedule(schedule, began, events)
         if schedule.chunks:
-            self.before_computing(schedule.has_prompts)
+            if not self._in_flight:
+                self.before_computing(schedule.has_prompts)
             before = self._flights[-1] if self._flights else None
             self._flights.append(Flight(schedule, began, self._launch, before))
         ended = self._end(events, leave=self._in_flight) or ended

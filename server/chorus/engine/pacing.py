@@ -6,8 +6,8 @@ together would cost no more than SHARE of a core: alone, a stream gets every tok
 message every 20 ms or so. First tokens, ends, errors and all else go at once, and take along what their requests have
 waiting.
 
-What waits is told after the turn that ends nearest to its time, not after the first one past it: a turn in which
-somebody starts takes several times as long as others, and whoever decodes beside would notice.
+A turn in which somebody starts takes several times as long as others. What waits is told before such a one if that is
+nearer to its time than after it.
 """
 
 import time
@@ -22,7 +22,7 @@ MESSAGE_S = 150e-6
 SHARE = 0.25
 # Readers should not notice.
 LONGEST_S = 0.1
-# Of what a turn is expected to take, the part that the last one of its kind makes up.
+# Of what a turn with prompts is expected to take, the part that the last one makes up.
 _NEWEST = 0.125
 
 
@@ -38,23 +38,23 @@ class Pacer:
         self._post = post
         self._held: list[StepEvents] = []
         self._posted_at = 0.0
-        self._computing: tuple[float, bool] | None = None
-        self._expected = {False: 0.0, True: 0.0}  # seconds to compute without prompts, and with some
+        self._prompts_since: float | None = None  # of the turn under way, if there are prompts in it
+        self._expected = 0.0  # seconds of such a turn
 
     def before_computing(self, has_prompts: bool, now: float | None = None) -> None:
-        """The engine's: tells what waits if that is nearer to its time now than after what is computed next."""
-        now = time.monotonic() if now is None else now
-        self._computing = now, has_prompts
-        if self._held:
-            late = now - self._posted_at + self._expected[has_prompts] / 2
-            if late >= pace(self._held[-1].stats.running):
-                self._tell(now)
+        """The engine's: tells what waits if that is nearer to its time now than after prompts are computed."""
+        if not has_prompts:
+            self._prompts_since = None
+            return
+        self._prompts_since = now = time.monotonic() if now is None else now
+        if self._held and now - self._posted_at + self._expected / 2 >= pace(self._held[-1].stats.running):
+            self._tell(now)
 
     def take(self, step: StepEvents) -> None:
         """The engine's `on_events`."""
-        if self._computing is not None:
-            (began, has_prompts), self._computing = self._computing, None
-            self._expected[has_prompts] += _NEWEST * (step.at - began - self._expected[has_prompts])
+        if self._prompts_since is not None:
+            self._expected += _NEWEST * (step.at - self._prompts_since - self._expected)
+            self._prompts_since = None
         self._held.append(step)
         # Where nothing runs, or nothing ran, there may be no next turn.
         if not step.ran or not step.stats.running or step.at - self._posted_at >= pace(step.stats.running):

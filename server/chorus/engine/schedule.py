@@ -32,7 +32,7 @@ class Schedule(NamedTuple):
     @property
     def has_prompts(self) -> bool:
         """Whether somebody starts in it, or goes on with a prompt."""
-        return bool(self.started) or (bool(self.chunks) and self.chunks[-1].count > 1)
+        return bool(self.started) or any(chunk.count > 1 for chunk in reversed(self.chunks))
 
     def slots(self) -> set[int]:
         """The adapters' slots that the step's sequences have while they run."""

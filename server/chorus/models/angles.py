@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Of both tables: 32,768 positions of heads of 128 in two bytes. Longer ones are computed in each step.
-MOST_BYTES = 16 << 20
+# Of both tables: 16,384 positions of heads of 128 in two bytes. Longer ones are computed in each step.
+MOST_BYTES = 8 << 20
 STATIC = frozenset({"default", "linear", "llama3", "yarn"})
 
 
