@@ -28,7 +28,7 @@ from chorus.kernels.native.amx_tile import cpu_has_tiles
 from chorus.kernels.native.numbers import HELD_AS, INLINE, float_of, narrow, pointer, take_ticket, wide
 from chorus.kernels.native.page_tiles import KEYS, add_page, fetch, highest, powers, score_page, write_rows
 from chorus.kernels.native.team import EDITION, Compiled
-from chorus.kernels.native.vectors import cpu_has
+from chorus.kernels.native.vectors import LANES, cpu_has
 from chorus.kernels.row_lists import RowLists
 
 _FEW_KEYS_ALONE, _FEW_KEYS_WIDENED = 1 << 18, 1 << 16
@@ -143,7 +143,7 @@ def _kernel(held: type, dim: int, block: int) -> Compiled:
         places, contexts, firsts = carray(pointer(table_at + 4), (3, rows), np.int32)
         asked, sums = np.empty((group, dim), np.float32), np.empty((group, dim), np.float32)
         page, totals = np.empty((block, dim), np.float32), np.empty(group, np.float32)
-        scores = np.empty((group, carray(pointer(table_at), (1,), np.int32)[0] + block + 16), np.float32)
+        scores = np.empty((group, carray(pointer(table_at), (1,), np.int32)[0] + block + LANES), np.float32)
         bias = carray(pointer(bias_at), (kv_heads * group, 2 * furthest + 1 if bias_at else 0), np.float32)
         while edition == a[1]:
             item = take_ticket(arguments)

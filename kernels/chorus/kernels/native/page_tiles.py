@@ -20,6 +20,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from chorus.kernels.native.dot_tile import PANEL
 from chorus.kernels.native.numbers import INLINE, ask_for, exp, pointer, prefetch
 from chorus.kernels.native.vectors import (
     INT64,
@@ -49,7 +50,6 @@ from chorus.kernels.native.vectors import (
 
 KEYS = 16
 LOG2_E = math.log2(math.e)
-_COLUMNS = 64  # of a packed weight that lie beside each other
 _QUERIES = 16 // LANES  # that share keys: with half as many sums a query, each key is read once for two
 _TOGETHER = 4  # queries that share values, at most
 _ASKED = 64 * KEYS  # bytes that `_score` asks for
@@ -100,7 +100,7 @@ def write_rows(dim, out_at, sums, totals):
 def lay_keys(dim, into_at, keys_at, stride):
     """A page of keys [16, dim] as 16 columns of a packed weight [dim / 2, 64, 2]; `dim` a multiple of 32."""
     for low in range(0, dim // 2, KEYS):
-        _turn(into_at + 4 * _COLUMNS * low, keys_at + 4 * low, stride)
+        _turn(into_at + 4 * PANEL * low, keys_at + 4 * low, stride)
 
 
 @numba.njit(**INLINE)
@@ -110,8 +110,8 @@ def lay_values(dim, into, values_at, stride):
         one = carray(pointer(values_at + 2 * pair * stride), (dim,), np.uint16)
         other = carray(pointer(values_at + (2 * pair + 1) * stride), (dim,), np.uint16)
         for panel in range(len(into)):
-            for d in range(min(_COLUMNS, dim - _COLUMNS * panel)):
-                low, high = one[_COLUMNS * panel + d], other[_COLUMNS * panel + d]
+            for d in range(min(PANEL, dim - PANEL * panel)):
+                low, high = one[PANEL * panel + d], other[PANEL * panel + d]
                 into[panel, pair, d] = np.int32(low) | np.int32(high) << np.int32(16)
 
 
@@ -270,7 +270,7 @@ def _turn(typing: Any, into_at: Any, rows_at: Any, stride: Any) -> Any:
         into_at, rows_at, stride = arguments
         rows = [load(builder, builder.add(rows_at, builder.mul(stride, INT64(i))), WORDS, 4) for i in range(KEYS)]
         for i, column in enumerate(transposed(builder, rows)):
-            store(builder, column, builder.add(into_at, INT64(4 * _COLUMNS * i)), 64)
+            store(builder, column, builder.add(into_at, INT64(4 * PANEL * i)), 64)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), build
