@@ -20,7 +20,18 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from chorus.kernels.native.numbers import ask_for
-from chorus.kernels.native.vectors import INT64, LANES, PAIRS, SUMS, at_most, dot, load, pair_in_every_lane, store
+from chorus.kernels.native.vectors import (
+    INT64,
+    LANES,
+    PAIRS,
+    SUMS,
+    at_most,
+    cpu_is,
+    dot,
+    load,
+    pair_in_every_lane,
+    store,
+)
 
 ROWS, COLUMNS = 8, 32
 PANEL = 64
@@ -28,6 +39,8 @@ PANEL = 64
 BLOCK = 64
 """Pairs of K that are best multiplied at a time: 16 KiB of weights."""
 
+# Where a step's weights are fetched to. Past the caches it takes 0.88 of the time on Zen 5, and 1.15 on Zen 4.
+_PAST_THE_CACHES = cpu_is("znver5")
 _VECTORS = COLUMNS // 16
 _ROW_OF_SUMS, _PAIR_OF_WEIGHTS = 4 * PANEL, 4 * PANEL  # bytes
 
@@ -65,8 +78,8 @@ def _build(context: Any, builder: Any, signature: Any, arguments: Any, *, anew: 
         w = builder.add(w_at, builder.mul(INT64(_PAIR_OF_WEIGHTS), loop.index))
         weights = [load(builder, builder.add(w, INT64(64 * v)), PAIRS, 64) for v in range(_VECTORS)]
         asked = builder.add(ahead_at, builder.mul(ahead, loop.index))
-        ask_for(builder, asked, once=True)
-        ask_for(builder, builder.add(asked, builder.lshr(ahead, INT64(1))), once=True)
+        ask_for(builder, asked, once=_PAST_THE_CACHES)
+        ask_for(builder, builder.add(asked, builder.lshr(ahead, INT64(1))), once=_PAST_THE_CACHES)
         for row in range(ROWS):
             x = pair_in_every_lane(builder, builder.add(rows[row], builder.mul(INT64(4), loop.index)))
             for v in range(_VECTORS):

@@ -41,6 +41,12 @@ def cpu_has(feature: str) -> bool:
     return bool(binding.get_host_cpu_features().get(feature))
 
 
+@cache
+def cpu_is(name: str) -> bool:
+    """Whether numba compiles for the CPU that LLVM calls by this name."""
+    return not config.CPU_NAME and binding.get_host_cpu_name() == name
+
+
 LANES = 16 if cpu_has("avx512f") else 8
 """Of float32 in a register: there are 32 registers of 16 or 16 of 8. LLVM makes two of one where they are narrower."""
 
