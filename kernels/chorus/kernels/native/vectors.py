@@ -43,7 +43,7 @@ def cpu_has(feature: str) -> bool:
 
 @cache
 def cpu_is(name: str) -> bool:
-    """Whether numba compiles for the CPU that LLVM calls by this name."""
+    """Whether this is the CPU that LLVM calls by this name, and numba is not told to compile for another."""
     return not config.CPU_NAME and binding.get_host_cpu_name() == name
 
 
